@@ -86,9 +86,9 @@ def undelay_chunk(
         delayed: int64 ids of the next n >= 0 steps, [B, K, n].
         state: what earlier chunks left behind; changed in place.
         delays: steps by which each row lags, length K, all >= 0.
-        end: id that closes each row. A conversation ends at its first frame that holds it; frames after the end
-            of every conversation are not given out, and a conversation that ends before others has ids that are
-            no codes from ``state.lengths`` on. None gives out every frame.
+        end: id that closes each row. A conversation ends at its first frame that holds it; frames after the
+            end of every conversation are not given out. A conversation that ends before others has ids that
+            are no codes from ``state.lengths`` on. None gives out every frame.
 
     Returns:
         int64 codes, [B, K, m]: the frames whose every row has now been seen.

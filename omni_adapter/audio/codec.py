@@ -1,0 +1,662 @@
+"""Codec: waveform <-> code grid, whole or as a stream.
+
+Waveform [N] -> codes [K, T] and codes [B, K, T] -> waveform [B, T * samples_per_frame]. Knows nothing of
+delays, special ids or language models: it only ever sees codes.
+
+Decoding is a stream even when it is whole. Every layer of SNAC's decoder keeps the inputs that its next
+outputs need, so that no frame is decoded again as context of another. Frames always go through one at a time:
+every sample comes from the same arithmetic however the codes were split, so streamed and whole decoding are
+equal bit for bit.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import snac
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+)
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass as pydantic_dataclass
+from safetensors.torch import save_file
+from snac.layers import DecoderBlock, NoiseBlock, ResidualUnit, Snake1d
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from omni_adapter.config import CodecSpec, Positive, parse
+from omni_adapter.errors import AudioError, CheckpointError, CodeGridError, ConfigError
+from omni_adapter.tensor_files import check_finite, check_shapes, read_safetensors, read_torch_file
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+PUBLISHED_WEIGHTS_FILE = "pytorch_model.bin"
+
+_NORM_SUFFIXES = (
+    (".parametrizations.weight.original0", ".parametrizations.weight.original1"),
+    (".weight_g", ".weight_v"),
+)
+
+
+class Codec(Protocol):
+    """What the library asks of a codec. Another codec is one class with these members."""
+
+    @property
+    def spec(self) -> CodecSpec:
+        """Geometry of the codec."""
+
+    @property
+    def context_samples(self) -> tuple[int, int]:
+        """Samples of history and of look-ahead that a sample's value depends on."""
+
+    def encode(self, waveform: Tensor) -> Tensor:
+        """Encode a waveform [N] into codes [K, T]."""
+
+    def decode(self, codes: Tensor, *, first_frame: Tensor | int = 0, seed: int = 0) -> Tensor:
+        """Decode codes [B, K, T] into waveforms [B, T * samples_per_frame]."""
+
+    def start(self, *, batch_size: int = 1, first_frame: Tensor | int = 0, seed: int = 0) -> Any:
+        """Return the state of a new stream of ``batch_size`` conversations."""
+
+    def decode_chunk(self, codes: Tensor, state: Any, *, last: bool = False) -> Tensor:
+        """Decode the next codes [B, K, n] into the samples [B, m] that can no longer change."""
+
+
+@dataclass
+class DecoderState:
+    """What a streaming decoder remembers between chunks.
+
+    Attributes:
+        seed: seed of the decoder's noise.
+        first_frames: absolute number of the first frame of each conversation, length B; places the noise.
+        num_frames: frames decoded so far.
+        finished: whether the last frame has been decoded.
+        buffers: what each layer holds back, by the layer's name.
+        noise_positions: outputs of each noise block so far, by the block's name.
+    """
+
+    seed: int
+    first_frames: list[int]
+    num_frames: int = 0
+    finished: bool = False
+    buffers: dict[str, Tensor] = field(default_factory=dict)
+    noise_positions: dict[str, int] = field(default_factory=dict)
+
+
+class CodecStream:
+    """Decode the codes of one conversation as they come.
+
+    The chunks, put together, are what ``codec.decode`` gives for all codes at once. Samples come out as soon
+    as later codes cannot change them: ``codec.context_samples[1]`` are held back.
+
+    Args:
+        codec: the codec.
+        seed: seed of the decoder's noise.
+    """
+
+    def __init__(self, codec: Codec, *, seed: int = 0) -> None:
+        self._codec = codec
+        self._state = codec.start(seed=seed)
+
+    def push(self, codes: Tensor) -> Tensor:
+        """Take the next codes [K, n] and return the samples [m] that can no longer change, float32."""
+        return self._codec.decode_chunk(codes[None], self._state)[0]
+
+    def finish(self) -> Tensor:
+        """Return the samples [m] that were held back; the stream takes no codes after this."""
+        no_codes = torch.empty(1, self._codec.spec.num_codebooks, 0, dtype=torch.long)
+        return self._codec.decode_chunk(no_codes, self._state, last=True)[0]
+
+
+@pydantic_dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class SnacConfig:
+    """Settings of a SNAC model; ``config.json`` of a published one holds these keys."""
+
+    sampling_rate: Positive
+    encoder_dim: Positive
+    encoder_rates: list[Positive]
+    decoder_dim: Positive
+    decoder_rates: list[Positive]
+    codebook_size: Positive
+    codebook_dim: Positive
+    vq_strides: list[Positive]
+    latent_dim: Positive | None = None
+    attn_window_size: Positive | None = None
+    noise: bool = True
+    depthwise: bool = True
+
+
+class SnacCodec(nn.Module):
+    """SNAC as a :class:`Codec`: always frozen and in evaluation mode, weight norms folded into the weights.
+
+    Args:
+        config: settings of the model.
+        state: its weights by name, as a SNAC's ``state_dict`` gives them, weight norms folded or not.
+
+    Attributes:
+        spec: geometry of the codec.
+        context_samples: samples of history and of look-ahead that a sample's value depends on.
+
+    Raises:
+        CheckpointError: if the weights do not fit the settings.
+        ConfigError: if the settings describe a model that cannot be decoded as a stream.
+    """
+
+    def __init__(self, config: SnacConfig, state: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.config = config
+        self.model = _build(config, state)
+        self.spec = CodecSpec(
+            sampling_rate=config.sampling_rate,
+            hop_length=math.prod(config.encoder_rates),
+            level_strides=tuple(config.vq_strides),
+            codebook_size=config.codebook_size,
+        )
+        self.context_samples = _context_samples(self.model.decoder, self.spec)
+        self._noise_rates = _noise_rates(self.model.decoder, self.spec)
+
+    @classmethod
+    def from_model(cls, model: snac.SNAC) -> "SnacCodec":
+        """Make a codec of a copy of ``model``'s weights."""
+        state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+        return cls(_config_of(model), state)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        id_or_folder: str | Path,
+        *,
+        revision: str | None = None,
+        token: str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+    ) -> "SnacCodec":
+        """Load a codec from a folder or the Hub.
+
+        Args:
+            id_or_folder: folder or Hub id with ``config.json`` and either ``model.safetensors`` or
+                ``pytorch_model.bin``.
+            revision: branch, tag or commit of the Hub repository.
+            token: access token of the Hub.
+            cache_dir: where downloads are kept.
+            local_files_only: never ask the network.
+
+        Raises:
+            CheckpointError: if files are missing or broken, or weights do not fit the config.
+        """
+        source = _Source(str(id_or_folder), revision, token, cache_dir, local_files_only)
+        config_path = source.find(CONFIG_FILE)
+        if config_path is None:
+            raise CheckpointError(f"{id_or_folder} is no codec: it has no {CONFIG_FILE}")
+        config = _read_config(config_path)
+        state, path = _read_weights(source)
+        try:
+            return cls(config, state)
+        except (CheckpointError, ConfigError) as error:
+            raise CheckpointError(f"{path}: {error}") from error
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write ``config.json`` and ``model.safetensors``; :meth:`from_pretrained` reads them."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / CONFIG_FILE).write_text(json.dumps(asdict(self.config), indent=2) + "\n", encoding="utf-8")
+        state = {name: tensor.contiguous().cpu() for name, tensor in self.model.state_dict().items()}
+        save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Facts by which this codec is recognised: its settings and a digest of its codebooks."""
+        digest = hashlib.sha256()
+        for quantizer in self.model.quantizer.quantizers:
+            digest.update(quantizer.codebook.weight.float().cpu().contiguous().numpy().tobytes())
+        return {"kind": "snac", **asdict(self.config), "codebooks_sha256": digest.hexdigest()[:16]}
+
+    def train(self, mode: bool = True) -> "SnacCodec":
+        """Stay in evaluation mode: the codec is never trained."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def encode(self, waveform: Tensor) -> Tensor:
+        """Encode a waveform.
+
+        Args:
+            waveform: float samples in -1..1 at ``spec.sampling_rate``, [N]; silence fills up the last frame.
+
+        Returns:
+            int64 codes, [K, T] with T = ceil(N / spec.samples_per_frame).
+
+        Raises:
+            AudioError: if the waveform is not one float channel, is empty, or holds NaN or infinity.
+        """
+        if waveform.dim() != 1 or not waveform.is_floating_point():
+            came = f"{waveform.dtype} {list(waveform.shape)}"
+            raise AudioError(
+                f"a codec encodes float samples of the shape [N], got {came}", reason="wrong_type"
+            )
+        if waveform.numel() == 0:
+            raise AudioError("there is nothing to encode: the waveform has no samples", reason="empty")
+        if not waveform.isfinite().all():
+            raise AudioError("the waveform holds NaN or infinity; clean it first", reason="not_finite")
+        levels = self.model.encode(waveform[None, None].to(self._weight))
+        return rows_from_levels(levels, self.spec)[0]
+
+    def decode(self, codes: Tensor, *, first_frame: Tensor | int = 0, seed: int = 0) -> Tensor:
+        """Decode whole grids of codes.
+
+        Args:
+            codes: integer codes, [B, K, T].
+            first_frame: absolute number of the first frame, one for all or [B]; places the decoder's noise.
+            seed: seed of the decoder's noise.
+
+        Returns:
+            float32 samples, [B, T * spec.samples_per_frame].
+
+        Raises:
+            CodeGridError: if the grid has the wrong shape or type or holds an id that is no code.
+        """
+        state = self.start(batch_size=len(codes), first_frame=first_frame, seed=seed)
+        return self.decode_chunk(codes, state, last=True)
+
+    def start(self, *, batch_size: int = 1, first_frame: Tensor | int = 0, seed: int = 0) -> DecoderState:
+        """Return the state of a new stream.
+
+        Args:
+            batch_size: conversations decoded side by side.
+            first_frame: absolute number of the first frame, one for all or [B].
+            seed: seed of the decoder's noise.
+        """
+        first_frames = torch.as_tensor(first_frame).expand(batch_size).tolist()
+        return DecoderState(seed=seed, first_frames=first_frames)
+
+    @torch.no_grad()
+    def decode_chunk(self, codes: Tensor, state: DecoderState, *, last: bool = False) -> Tensor:
+        """Decode the next frames of a stream.
+
+        Args:
+            codes: integer codes of the next n >= 0 frames, [B, K, n].
+            state: what earlier chunks left behind; changed in place.
+            last: whether no codes follow; the samples that were held back come out too.
+
+        Returns:
+            float32 samples that later codes cannot change, [B, m].
+
+        Raises:
+            CodeGridError: if the grid has the wrong shape or type, holds an id that is no code, or comes
+                after the last chunk.
+        """
+        self._check(codes, state)
+        weight = self._weight
+        pieces = [weight.new_empty(len(codes), 0)]
+        for frame in codes.to(weight.device, torch.long).unbind(dim=-1):
+            latents = self.model.quantizer.from_codes(levels_from_rows(frame[..., None], self.spec))
+            pieces.append(self._decode_latents(latents, state))
+            state.num_frames += 1
+        state.finished = last
+        if last and state.num_frames:
+            no_latents = weight.new_empty(len(codes), self.model.latent_dim, 0)
+            pieces.append(self._decode_latents(no_latents, state))
+        waveform = torch.cat(pieces, dim=-1)
+        return waveform.to(torch.promote_types(waveform.dtype, torch.float32))
+
+    def _decode_latents(self, latents: Tensor, state: DecoderState) -> Tensor:
+        """Latents [B, C, n] of one frame, none for a flush, to samples [B, m]."""
+        step = _Step(state, self._noise_rates, last=state.finished)
+        return _run(self.model.decoder.model, latents, step, name="decoder")[:, 0]
+
+    @property
+    def _weight(self) -> Tensor:
+        """A weight, for its device and dtype."""
+        weight: Tensor = self.model.quantizer.quantizers[0].codebook.weight
+        return weight
+
+    def _check(self, codes: Tensor, state: DecoderState) -> None:
+        batch, rows, size = len(state.first_frames), self.spec.num_codebooks, self.spec.codebook_size
+        if codes.dim() != 3 or codes.shape[:2] != (batch, rows) or codes.is_floating_point():
+            came = f"{codes.dtype} {list(codes.shape)}"
+            raise CodeGridError(f"the codec decodes integer codes [{batch}, {rows}, T], got {came}")
+        if state.finished:
+            raise CodeGridError("this stream is finished; start a new one for more codes")
+        illegal = ((codes < 0) | (codes >= size)).nonzero()
+        if len(illegal):
+            item, row, frame = illegal[0].tolist()
+            raise CodeGridError(
+                f"row {row} holds {int(codes[item, row, frame])} at frame {frame}, but codes are "
+                f"0 .. {size - 1}; take marks such as end and pad off first"
+            )
+
+
+def rows_from_levels(levels: Sequence[Tensor], spec: CodecSpec) -> Tensor:
+    """Put the codes of all levels into one grid.
+
+    The rows of a frame are ordered by the time at which their code begins, the coarser level first.
+
+    Args:
+        levels: int64 codes of each level, coarsest first, each [B, T * codes of the level in a frame].
+        spec: geometry of the codec.
+
+    Returns:
+        int64 codes, [B, K, T].
+    """
+    rows = [levels[level][:, offset :: _codes_per_frame(spec, level)] for level, offset in _row_order(spec)]
+    return torch.stack(rows, dim=1)
+
+
+def levels_from_rows(codes: Tensor, spec: CodecSpec) -> list[Tensor]:
+    """Undo :func:`rows_from_levels`: codes [B, K, T] to a tensor [B, T * codes in a frame] for each level."""
+    order = _row_order(spec)
+    levels = []
+    for level in range(len(spec.level_strides)):
+        rows = [order.index((level, offset)) for offset in range(_codes_per_frame(spec, level))]
+        levels.append(codes[:, rows].transpose(1, 2).flatten(1))
+    return levels
+
+
+def _codes_per_frame(spec: CodecSpec, level: int) -> int:
+    return max(spec.level_strides) // spec.level_strides[level]
+
+
+def _row_order(spec: CodecSpec) -> list[tuple[int, int]]:
+    """(level, place within the frame) of each row."""
+    codes = [
+        (level, offset)
+        for level in range(len(spec.level_strides))
+        for offset in range(_codes_per_frame(spec, level))
+    ]
+    return sorted(codes, key=lambda code: (code[1] * spec.level_strides[code[0]], code[0]))
+
+
+# --- the decoder: each layer takes the next part of its input and returns the next part of its output ---
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One pass through the decoder: the stream's state, and whether it only flushes what is held back."""
+
+    state: DecoderState
+    noise_rates: Mapping[str, int]
+    last: bool
+
+    def take(self, name: str, default: Tensor) -> Tensor:
+        """What the layer ``name`` holds back, ``default`` at the start of a stream."""
+        return self.state.buffers.get(name, default)
+
+    def keep(self, name: str, held: Tensor) -> None:
+        """Hold back ``held`` for the layer ``name``; a copy, so that nothing larger stays alive."""
+        self.state.buffers[name] = held.clone()
+
+
+def _run(layers: Any, x: Tensor, step: _Step, *, name: str) -> Tensor:
+    for index, layer in enumerate(layers):
+        x = _run_layer(layer, x, step, name=f"{name}.{index}")
+    return x
+
+
+def _run_layer(layer: nn.Module, x: Tensor, step: _Step, *, name: str) -> Tensor:
+    match layer:
+        case nn.ConvTranspose1d():
+            return _upsample(layer, x, step, name=name)
+        case nn.Conv1d():
+            return _convolve(layer, x, step, name=name)
+        case DecoderBlock():
+            return _run(layer.block, x, step, name=name)
+        case ResidualUnit():
+            return _add_residual(layer.block, x, step, name=name)
+        case NoiseBlock():
+            return _add_noise(layer.linear, x, step, name=name)
+        case Snake1d():
+            return _snake(layer.alpha, x)
+        case nn.Tanh():
+            return x.tanh()
+    raise ConfigError(f"the installed snac has a layer that streaming does not know: {type(layer).__name__}")
+
+
+def _convolve(conv: nn.Conv1d, x: Tensor, step: _Step, *, name: str) -> Tensor:
+    """Convolution with stride 1; the zeros of its padding stand at the two ends of the stream."""
+    reach, padding = _reach(conv), int(conv.padding[0])
+    if reach:
+        x = torch.cat([step.take(name, x.new_zeros(*x.shape[:2], padding)), x], dim=-1)
+        if step.last:
+            x = nn.functional.pad(x, (0, padding))
+    num_outputs = max(0, x.shape[-1] - reach)
+    if reach:
+        step.keep(name, x[..., num_outputs:])
+    if num_outputs == 0:
+        return x.new_empty(len(x), conv.out_channels, 0)
+    return nn.functional.conv1d(x, conv.weight, conv.bias, dilation=conv.dilation, groups=conv.groups)
+
+
+def _upsample(conv: nn.ConvTranspose1d, x: Tensor, step: _Step, *, name: str) -> Tensor:
+    """Transposed convolution whose kernel spans two strides: each input adds to two blocks of outputs.
+
+    One matrix product and one addition: for a few inputs, half the time of torch's own.
+    """
+    stride, crop = int(conv.stride[0]), int(conv.padding[0])
+    batch, _, num_inputs = x.shape
+    spread = torch.einsum("bin,iok->bonk", x, conv.weight)  # [B, C, n, 2 * stride]
+    starts = name not in step.state.buffers
+    ahead = step.take(name, spread.new_zeros(batch, conv.out_channels, 1, stride))
+    second = torch.cat([ahead, spread[..., stride:]], dim=2)  # [B, C, n + 1, stride]
+    out = (spread[..., :stride] + second[:, :, :num_inputs]).flatten(2)
+    if num_inputs:
+        step.keep(name, second[:, :, -1:])
+        out = out[..., crop:] if starts else out
+    if step.last:
+        out = torch.cat([out, second[:, :, -1, :crop]], dim=-1)
+    return out if conv.bias is None else out + conv.bias[:, None]
+
+
+def _add_residual(layers: nn.Sequential, x: Tensor, step: _Step, *, name: str) -> Tensor:
+    """The convolution in ``layers`` lags behind its input, so the input waits for it."""
+    added = _run(layers, x, step, name=name)
+    waiting = torch.cat([step.take(name, x[..., :0]), x], dim=-1)
+    step.keep(name, waiting[..., added.shape[-1] :])
+    return waiting[..., : added.shape[-1]] + added
+
+
+def _add_noise(linear: nn.Conv1d, x: Tensor, step: _Step, *, name: str) -> Tensor:
+    """Noise that depends on nothing but the seed and its absolute place in time."""
+    if x.shape[-1] == 0:
+        return x
+    start, rate = step.state.noise_positions.get(name, 0), step.noise_rates[name]
+    stop = start + x.shape[-1]
+    step.state.noise_positions[name] = stop
+    frames = range(start // rate, -(-stop // rate))
+    noise = torch.stack(
+        [
+            torch.cat(
+                [_draw_noise(rate, seed=f"{step.state.seed}/{name}/{first + frame}") for frame in frames]
+            )
+            for first in step.state.first_frames
+        ]
+    )  # [B, rate * frames]
+    noise = noise[:, None, start - frames.start * rate : stop - frames.start * rate]
+    return x + noise.to(x) * nn.functional.conv1d(x, linear.weight)
+
+
+def _draw_noise(size: int, *, seed: str) -> Tensor:
+    digest = hashlib.blake2b(seed.encode(), digest_size=4).digest()
+    return torch.randn(size, generator=torch.Generator().manual_seed(int.from_bytes(digest, "little")))
+
+
+def _snake(alpha: Tensor, x: Tensor) -> Tensor:
+    return x + (alpha + 1e-9).reciprocal() * torch.sin(alpha * x).square()
+
+
+def _reach(conv: nn.Conv1d) -> int:
+    """Inputs beside its first that one output of a convolution needs."""
+    return int((conv.kernel_size[0] - 1) * conv.dilation[0])
+
+
+# --- facts of a model, derived from its modules ---
+
+
+def _noise_rates(decoder: Any, spec: CodecSpec) -> dict[str, int]:
+    """Samples a frame at each noise block, by the name that the walk through the decoder gives it."""
+    rates, rate = {}, max(spec.level_strides)
+    for index, layer in enumerate(decoder.model):
+        if isinstance(layer, DecoderBlock):
+            for place, part in enumerate(layer.block):
+                if isinstance(part, nn.ConvTranspose1d):
+                    rate *= int(part.stride[0])
+                if isinstance(part, NoiseBlock):
+                    rates[f"decoder.{index}.{place}"] = rate
+    return rates
+
+
+def _context_samples(decoder: nn.Module, spec: CodecSpec) -> tuple[int, int]:
+    """Samples of history and of look-ahead that a sample's value depends on.
+
+    Follows the samples around one frame back through the convolutions to the frames that they come from.
+    """
+    frame, latents = spec.samples_per_frame, max(spec.level_strides)
+    convs = [layer for layer in decoder.modules() if isinstance(layer, nn.Conv1d | nn.ConvTranspose1d)]
+    radius = frame
+    while True:
+        radius *= 2
+        samples = torch.arange(-radius, radius + frame)
+        first = last = samples  # inputs of the layer that each sample depends on
+        for conv in reversed(convs):
+            padding, stride = int(conv.padding[0]), int(conv.stride[0])
+            if isinstance(conv, nn.ConvTranspose1d):
+                first, last = (first + padding) // stride - 1, (last + padding) // stride
+            else:
+                first, last = first - padding, last - padding + _reach(conv)
+        touched = samples[(first // latents <= 0) & (last // latents >= 0)]  # by the codes of frame 0
+        history, look_ahead = int(touched[-1]) - (frame - 1), -int(touched[0])
+        if max(history, look_ahead) < radius:
+            return history, look_ahead
+
+
+def _config_of(model: snac.SNAC) -> SnacConfig:
+    return SnacConfig(
+        sampling_rate=int(model.sampling_rate),
+        encoder_dim=model.encoder_dim,
+        encoder_rates=list(model.encoder_rates),
+        decoder_dim=model.decoder_dim,
+        decoder_rates=list(model.decoder_rates),
+        codebook_size=model.codebook_size,
+        codebook_dim=model.codebook_dim,
+        vq_strides=list(model.vq_strides),
+        latent_dim=model.latent_dim,
+        attn_window_size=model.attn_window_size,
+        noise=any(isinstance(layer, NoiseBlock) for layer in model.decoder.modules()),
+        depthwise=model.decoder.model[0].groups > 1,
+    )
+
+
+def _build(config: SnacConfig, state: Mapping[str, Tensor]) -> snac.SNAC:
+    """A frozen SNAC with folded weights."""
+    if config.attn_window_size is not None:
+        raise ConfigError(
+            f"this SNAC has attention over windows of {config.attn_window_size} codes, which a stream of "
+            "single frames cannot fill; use a SNAC with attn_window_size null, such as the one for 24 kHz"
+        )
+    if math.prod(config.encoder_rates) != math.prod(config.decoder_rates):
+        raise ConfigError(
+            f"encoder_rates {config.encoder_rates} and decoder_rates {config.decoder_rates} need one product"
+        )
+    with torch.device("meta"):  # no memory until the weights are known to fit
+        model = snac.SNAC(**asdict(config))
+    for module in list(model.modules()):
+        if parametrize.is_parametrized(module, "weight"):
+            parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
+    folded = _fold_weight_norms(state)
+    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    check_shapes(
+        {name: tensor.shape for name, tensor in folded.items()}, expected=expected, source="the codec"
+    )
+    check_finite(folded, source="the codec")
+    model.load_state_dict(folded, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+def _fold_weight_norms(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Replace each weight norm, named in torch's newer or older way, by the weight that it makes."""
+    folded = dict(state)
+    for name in state:
+        for g_suffix, v_suffix in _NORM_SUFFIXES:
+            module = name.removesuffix(g_suffix)
+            if module == name or module + v_suffix not in state:
+                continue
+            g, v = folded.pop(name), folded.pop(module + v_suffix)
+            if g.dim() != v.dim() or not g.numel() == g.shape[0] == v.shape[0]:
+                raise CheckpointError(
+                    f"{name} {list(g.shape)} does not fit {module}{v_suffix} {list(v.shape)}"
+                )
+            folded[f"{module}.weight"] = torch._weight_norm(v.float(), g.float(), 0)
+    return {name: tensor.float() for name, tensor in folded.items()}
+
+
+# --- files ---
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A folder, or a repository of the Hub."""
+
+    place: str
+    revision: str | None
+    token: str | None
+    cache_dir: str | Path | None
+    local_files_only: bool
+
+    def find(self, name: str) -> Path | None:
+        """Path of the file ``name``, downloaded if need be; None if the source does not have it."""
+        if Path(self.place).is_dir():
+            path = Path(self.place) / name
+            return path if path.is_file() else None
+        try:
+            found = hf_hub_download(
+                self.place,
+                name,
+                revision=self.revision,
+                token=self.token,
+                cache_dir=self.cache_dir,
+                local_files_only=self.local_files_only,
+            )
+        except LocalEntryNotFoundError as error:
+            raise CheckpointError(
+                f"{name} of {self.place} is not on this machine and the Hub was not reached; check the "
+                f"connection, or pass a folder that holds the codec: {error}"
+            ) from error
+        except EntryNotFoundError:
+            return None
+        except (HfHubHTTPError, HFValidationError, OSError) as error:
+            raise CheckpointError(
+                f"{self.place} is neither a folder nor a readable repository of the Hub: {error}"
+            ) from error
+        return Path(found)
+
+
+def _read_config(path: Path) -> SnacConfig:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is not readable JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} must hold one JSON object, got {type(values).__name__}")
+    try:
+        return parse(SnacConfig, values, source=str(path))
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from error
+
+
+def _read_weights(source: _Source) -> tuple[dict[str, Tensor], Path]:
+    path = source.find(WEIGHTS_FILE)
+    if path is not None:
+        return read_safetensors(path), path
+    path = source.find(PUBLISHED_WEIGHTS_FILE)
+    if path is None:
+        raise CheckpointError(f"{source.place} has neither {WEIGHTS_FILE} nor {PUBLISHED_WEIGHTS_FILE}")
+    state = read_torch_file(path)
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise CheckpointError(f"{path} must hold a dict of tensors")
+    return state, path
