@@ -1,0 +1,1 @@
+"""From messages and rows to grids and batches. Imports no model."""

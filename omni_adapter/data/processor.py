@@ -1,0 +1,255 @@
+"""Turn messages and recordings into prompts, under the base LM's own chat template.
+
+Messages in, samples out: text ids, marks and features, laid out on the grid. Knows nothing of models.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from jinja2.exceptions import TemplateError
+from torch import Tensor
+
+from omni_adapter.audio.features import LogMel
+from omni_adapter.audio.waveform import AudioSource, read_waveform
+from omni_adapter.config import OmniConfig
+from omni_adapter.data.collator import Sample
+from omni_adapter.data.layout import Answer, AudioSegment, GridRules, TextSegment, get_task, lay_out
+from omni_adapter.errors import PromptError
+
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}{{ message.role | capitalize }}: {{ message.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+"""What stands in for a chat template where the base has none."""
+
+Message = Mapping[str, Any]
+
+
+class OmniProcessor:
+    """Lays prompts out for one talker.
+
+    Args:
+        tokenizer: the base LM's own.
+        log_mel: features of recordings.
+        config: ids, delays and shapes of the talker.
+    """
+
+    def __init__(self, tokenizer: Any, log_mel: LogMel, *, config: OmniConfig) -> None:
+        self.tokenizer = tokenizer
+        self.log_mel = log_mel
+        self.config = config
+        self.rules = GridRules.of(config)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, *, tokenizer: Any, config: OmniConfig) -> Self:
+        """Load what ``save_pretrained`` wrote; the tokenizer is the base's."""
+        return cls(tokenizer, LogMel.from_pretrained(folder), config=config)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the settings of the features; the tokenizer stays with the base."""
+        self.log_mel.save_pretrained(folder)
+
+    def __call__(
+        self,
+        messages: Sequence[Message],
+        *,
+        task: str,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        answer: Answer | None = None,
+    ) -> Sample:
+        """Lay one conversation out.
+
+        Args:
+            messages: turns as transformers writes them, ``{"role": …, "content": …}``; content is a string or
+                a list of ``{"type": "text", "text": …}`` and ``{"type": "audio", "audio": source}``, where a
+                source is anything that :func:`omni_adapter.audio.waveform.read_waveform` reads.
+            task: asr, tts, speech_to_text, speech_to_speech, text_to_speech or text_to_text.
+            tools: handed on to the chat template.
+            answer: what to learn or feed; None for a prompt to decode from.
+
+        Raises:
+            PromptError: if the messages do not fit the task or the chat template.
+            AudioError: if a recording cannot be used.
+        """
+        spec = get_task(task)
+        if spec.text_given:
+            messages = [*_without_last_user(messages), {"role": "user", "content": ""}]
+        segments, waveforms = self.apply_chat_template(messages, tools=tools)
+        if spec.hears and not waveforms:
+            raise PromptError(
+                f'the task {task!r} hears, but no message has a part {{"type": "audio", "audio": …}}'
+            )
+        layout = lay_out(segments, task=task, rules=self.rules, answer=answer)
+        recordings = tuple(self._features(waveform) for waveform in waveforms)
+        return Sample(layout, recordings)
+
+    def apply_chat_template(
+        self, messages: Sequence[Message], *, tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> tuple[list[TextSegment | AudioSegment], list[Tensor]]:
+        """Render messages with the base's chat template, up to where the assistant answers.
+
+        Returns:
+            The prompt's segments in order, and the waveforms [N] of its recordings, mono at the encoder's
+            rate.
+
+        Raises:
+            PromptError: if the template refuses the messages or drops a recording.
+        """
+        if not messages:
+            raise PromptError("no messages; pass at least one user turn")
+        placeholder = _placeholder(messages)
+        sources: list[AudioSource] = []
+        flat = [_flatten(message, sources, placeholder) for message in messages]
+        text = self._render(flat, tools=tools)
+        waveforms = [read_waveform(source, sampling_rate=self.log_mel.sampling_rate) for source in sources]
+        pieces = text.split(placeholder)
+        if len(pieces) != len(sources) + 1:
+            raise PromptError(
+                f"the base's chat template kept {len(pieces) - 1} of {len(sources)} recordings; it may "
+                "drop or repeat the content of some roles; put recordings into user turns"
+            )
+        segments: list[TextSegment | AudioSegment] = []
+        for index, piece in enumerate(pieces):
+            if index:
+                segments.append(AudioSegment(self.num_steps(waveforms[index - 1].shape[-1])))
+            ids = tuple(self.tokenizer(piece, add_special_tokens=False)["input_ids"])
+            if ids:
+                segments.append(TextSegment(ids))
+        return segments, waveforms
+
+    def num_steps(self, num_samples: int) -> int:
+        """Return how many LM steps a recording of ``num_samples`` at the encoder's rate takes."""
+        config = self.config
+        windows = self.log_mel.num_frames(num_samples)
+        frames = sum(-(-window // config.encoder_stride) for window in windows)
+        return -(-frames // config.audio_adapter.stack)
+
+    def text_ids(self, text: str) -> tuple[int, ...]:
+        """Return the ids of an answer's text, followed by the id that ends it."""
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return (*ids, self.rules.text_end_id)
+
+    def _features(self, waveform: Tensor) -> Any:
+        return self.log_mel.windows(waveform, padding=self.config.encoder_padding)
+
+    def _render(self, messages: list[dict[str, Any]], *, tools: Sequence[Mapping[str, Any]] | None) -> str:
+        """The prompt as text, special tokens included."""
+        if self.rules.text_marks:
+            return "".join(message["content"] for message in messages)
+        return render_chat(self.tokenizer, messages, tools=tools, add_generation_prompt=True)
+
+
+def render_chat(
+    tokenizer: Any,
+    messages: Sequence[Message],
+    *,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    add_generation_prompt: bool,
+) -> str:
+    """Render text messages with the tokenizer's chat template, or ``PLAIN_TEMPLATE`` where it has none.
+
+    Raises:
+        PromptError: if the template refuses the messages.
+    """
+    template = tokenizer.chat_template
+    try:
+        text = tokenizer.apply_chat_template(
+            list(messages),
+            tools=list(tools) if tools else None,
+            chat_template=template or PLAIN_TEMPLATE,
+            add_generation_prompt=add_generation_prompt,
+            tokenize=False,
+        )
+    except TemplateError as error:
+        raise PromptError(
+            f"the base's chat template refuses these messages: {error}; "
+            "if it knows no system role, put those words at the start of the first user turn"
+        ) from error
+    return str(text) if template else _first_token(tokenizer) + str(text)
+
+
+def find_text_end_ids(tokenizer: Any, eos_token_ids: Iterable[int]) -> tuple[int, ...]:
+    """Return the ids that end an assistant's turn, the one that the chat template writes first.
+
+    Args:
+        tokenizer: the base LM's own.
+        eos_token_ids: ids that the base's generation config stops at.
+
+    Raises:
+        PromptError: if neither template, tokenizer nor generation config names one.
+    """
+    found: list[int] = []
+    if tokenizer.chat_template:
+        mark = "answer"
+        turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": mark}]
+        rest = render_chat(tokenizer, turns, add_generation_prompt=False).rpartition(mark)[2]
+        ids = tokenizer(rest, add_special_tokens=False)["input_ids"]
+        found += [token for token in ids[:1] if token in tokenizer.all_special_ids]
+    found += [token for token in (tokenizer.eos_token_id, *eos_token_ids) if token is not None]
+    if not found:
+        raise PromptError(
+            "the base has no end-of-turn id: its chat template, tokenizer and generation config name none; "
+            "pass text_end_ids="
+        )
+    return tuple(dict.fromkeys(found))
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> dict[str, Any]:
+    """Return the facts by which a tokenizer is recognised: size, digests of its vocabulary and template."""
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()), ensure_ascii=False)
+    return {
+        "tokenizer_size": len(tokenizer),
+        "tokenizer_sha256": _digest(vocabulary),
+        "chat_template_sha256": _digest(json.dumps(tokenizer.chat_template, ensure_ascii=False)),
+    }
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _first_token(tokenizer: Any) -> str:
+    """The token that the tokenizer itself puts before every text, if it does."""
+    first = tokenizer("")["input_ids"][:1]
+    return str(tokenizer.bos_token) if first == [tokenizer.bos_token_id] and first != [None] else ""
+
+
+def _without_last_user(messages: Sequence[Message]) -> list[Message]:
+    """Earlier turns: the text of the last user turn is what is to be read out, so it becomes the answer."""
+    return list(messages[:-1]) if messages and messages[-1]["role"] == "user" else list(messages)
+
+
+def _placeholder(messages: Sequence[Message]) -> str:
+    """A word that stands for a recording while text is rendered, and occurs in no message."""
+    said, word = repr(messages), "<|recording|>"
+    while word in said:
+        word = f"<|{_digest(word)}|>"
+    return word
+
+
+def _flatten(message: Message, sources: list[AudioSource], placeholder: str) -> dict[str, Any]:
+    """One message with plain text as its content; its recordings are appended to ``sources``."""
+    if "role" not in message or ("content" not in message and "tool_calls" not in message):
+        raise PromptError(f"a message needs 'role' and 'content', got {sorted(message)}")
+    content = message.get("content")
+    if content is None or isinstance(content, str):
+        return dict(message)
+    if not isinstance(content, Sequence):
+        raise PromptError(f"content must be a string or a list of parts, got {type(content).__name__}")
+    pieces = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind == "text":
+            pieces.append(str(part["text"]))
+        elif kind == "audio" and "audio" in part:
+            pieces.append(placeholder)
+            sources.append(part["audio"])
+        else:
+            raise PromptError(
+                'a part of a message must be {"type": "text", "text": …} or {"type": "audio", "audio": …}, '
+                f"got {part!r}"
+            )
+    return {**message, "content": "".join(pieces)}

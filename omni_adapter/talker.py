@@ -1,0 +1,453 @@
+"""The front door: wrap a causal LM, talk to it, save and share what was added.
+
+Recordings, text or messages in; chunks of text and sound out. Everything else is done by the parts it holds.
+"""
+
+import difflib
+import logging
+import tempfile
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, fields, replace
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from transformers import PreTrainedModel
+
+from omni_adapter import hub
+from omni_adapter.audio.codec import Codec
+from omni_adapter.audio.features import LogMel
+from omni_adapter.audio.waveform import AudioSource
+from omni_adapter.backbone import Backbone
+from omni_adapter.config import OmniConfig, dump, parse
+from omni_adapter.data.layout import get_task
+from omni_adapter.data.processor import Message, OmniProcessor, find_text_end_ids, tokenizer_fingerprint
+from omni_adapter.errors import ConfigError, PromptError
+from omni_adapter.generation.generator import Decoder, GenerationSettings
+from omni_adapter.generation.streaming import Chunk, Rendering, Reply, stream_chunks
+from omni_adapter.model import OmniModel
+
+logger = logging.getLogger(__name__)
+
+_TASK_OF = {
+    (True, True): "speech_to_speech",
+    (True, False): "speech_to_text",
+    (False, True): "text_to_speech",
+    (False, False): "text_to_text",
+}
+"""Task by whether the prompt has a recording and whether the reply is spoken."""
+
+
+class OmniAdapter:
+    """A causal LM that hears and speaks. Make one with :meth:`wrap` or :meth:`from_pretrained`.
+
+    Attributes:
+        model: the LM with everything that was grafted onto it, a ``torch.nn.Module``.
+        processor: lays prompts out.
+        codec: turns codes into sound.
+        config: what is saved with a checkpoint.
+    """
+
+    def __init__(
+        self, model: OmniModel, *, processor: OmniProcessor, codec: Codec, config: OmniConfig
+    ) -> None:
+        self.model = model
+        self.processor = processor
+        self.codec = codec
+        self.config = config
+
+    @classmethod
+    def wrap(  # noqa: PLR0913 - the front door takes every part by name
+        cls,
+        base: str | Path | PreTrainedModel,
+        *,
+        encoder: Any = "openai/whisper-small",
+        codec: Any = "hubertsiuzdak/snac_24khz",
+        tts_layers: int = 6,
+        fusion: str = "add",
+        tokenizer: Any = None,
+        text_end_ids: Sequence[int] | None = None,
+        seed: int = 0,
+        hub_options: hub.HubOptions | None = None,
+        lm_arguments: Mapping[str, Any] | None = None,
+        **settings: Any,
+    ) -> Self:
+        """Graft hearing and speech onto a causal LM. Its weights, embeddings and vocabulary stay as they are.
+
+        Args:
+            base: Hub id, folder, or a loaded causal LM of transformers.
+            encoder: Hub id, folder, a checkpoint file of the ``whisper`` package, or a loaded Whisper model.
+            codec: Hub id or folder of a SNAC model, or any object with the members of ``Codec``.
+            tts_layers: transformer blocks between the LM and the code heads.
+            fusion: ``add`` leaves the base's text path exact; ``mean`` averages text and codes as the paper
+                does.
+            tokenizer: the base's tokenizer; None loads it.
+            text_end_ids: ids that end a text; None takes those of the chat template, tokenizer and generation
+                config.
+            seed: of the new weights.
+            hub_options: revision, token and cache of the base.
+            lm_arguments: more arguments for loading the base, such as ``{"dtype": "bfloat16"}``.
+            **settings: any other key of :class:`OmniConfig`: ``audio_adapter``, ``tts``, ``delay``,
+                ``encoder_padding``, ``prompt_format``, ``text_marks``.
+
+        Raises:
+            BackboneError: if the base lacks something that hearing or speaking needs; the message names it.
+            ConfigError: if a setting is unknown or has a wrong value.
+        """
+        options = hub_options or hub.HubOptions()
+        lm, tokenizer, base_ref = hub.load_base(
+            base, tokenizer=tokenizer, options=options, lm_arguments=lm_arguments or {}
+        )
+        part_options = replace(options, revision=None)
+        audio_encoder, encoder_ref = hub.load_encoder(encoder, options=part_options)
+        loaded_codec, codec_ref = hub.load_codec(codec, options=part_options)
+        backbone = Backbone(lm)
+        if text_end_ids is None:
+            text_end_ids = find_text_end_ids(tokenizer, _eos_token_ids(lm))
+        settings["tts"] = {"layers": tts_layers, **_plain(settings.get("tts", {}))}
+        values = {
+            "base": dump(replace(base_ref, fingerprint=_base_fingerprint(backbone, tokenizer))),
+            "encoder": dump(replace(encoder_ref, fingerprint=audio_encoder.fingerprint())),
+            "codec": dump(replace(codec_ref, fingerprint=loaded_codec.fingerprint())),
+            "codec_spec": dump(loaded_codec.spec),
+            "width": backbone.width,
+            "hidden_width": backbone.hidden_width,
+            "encoder_width": audio_encoder.width,
+            "encoder_stride": audio_encoder.stride,
+            "text_end_ids": list(text_end_ids),
+            "fusion": fusion,
+        }
+        config = parse(
+            OmniConfig, {**values, **{key: _plain(value) for key, value in settings.items()}}, source="wrap"
+        )
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = OmniModel(backbone, audio_encoder, config=config)
+        _place_added(model)
+        processor = OmniProcessor(tokenizer, audio_encoder.log_mel(), config=config)
+        return cls(model.eval(), processor=processor, codec=loaded_codec, config=config)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        base: str | Path | PreTrainedModel | None = None,
+        encoder: Any = None,
+        codec: Any = None,
+        tokenizer: Any = None,
+        subfolder: str = "",
+        hub_options: hub.HubOptions | None = None,
+        lm_arguments: Mapping[str, Any] | None = None,
+    ) -> Self:
+        """Load a saved talker: its base by reference, then what was added.
+
+        Args:
+            name: folder or Hub id of a talker.
+            base: another place of the same base, or the loaded base; None takes the one that the talker
+                names.
+            encoder: likewise for the audio encoder.
+            codec: likewise for the codec.
+            tokenizer: the base's tokenizer; None loads it.
+            subfolder: folder of the talker inside ``name``.
+            hub_options: revision, token and cache of the talker.
+            lm_arguments: more arguments for loading the base.
+
+        Raises:
+            CheckpointError: if files are missing or broken, tensors do not fit, or a part is not the one the
+                talker was made with; the message names both values.
+        """
+        options = hub_options or hub.HubOptions()
+        folder = hub.fetch_folder(name, options=options, subfolder=subfolder)
+        config = hub.read_config(folder)
+        lm, tokenizer, _ = hub.load_base(
+            base if base is not None else hub.part_location(config.base, folder),
+            tokenizer=tokenizer,
+            options=replace(options, revision=config.base.revision if base is None else None),
+            lm_arguments=lm_arguments or {},
+        )
+        backbone = Backbone(lm)
+        hub.check_fingerprint("base", config.base, _base_fingerprint(backbone, tokenizer))
+        audio_encoder, _ = hub.load_encoder(
+            encoder if encoder is not None else hub.part_location(config.encoder, folder),
+            options=replace(options, revision=config.encoder.revision if encoder is None else None),
+        )
+        hub.check_fingerprint("encoder", config.encoder, audio_encoder.fingerprint())
+        loaded_codec, _ = hub.load_codec(
+            codec if codec is not None else hub.part_location(config.codec, folder),
+            options=replace(options, revision=config.codec.revision if codec is None else None),
+        )
+        hub.check_fingerprint("codec", config.codec, loaded_codec.fingerprint())
+        model = OmniModel(backbone, audio_encoder, config=config)
+        hub.load_added(folder, model)
+        _place_added(model)
+        processor = OmniProcessor(tokenizer, LogMel.from_pretrained(folder), config=config)
+        return cls(model.eval(), processor=processor, codec=loaded_codec, config=config)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The base LM's own tokenizer."""
+        return self.processor.tokenizer
+
+    @property
+    def sampling_rate(self) -> int:
+        """Samples a second of what is said, Hz."""
+        return self.codec.spec.sampling_rate
+
+    def to(self, device: torch.device | str) -> Self:
+        """Move model and codec to ``device``; returns itself."""
+        self.model.to(device)
+        if isinstance(self.codec, torch.nn.Module):
+            self.codec.to(device)
+        return self
+
+    def stream(
+        self,
+        audio: AudioSource | None = None,
+        *,
+        text: str | None = None,
+        system: str | None = None,
+        messages: Sequence[Message] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        speak: bool = True,
+        settings: GenerationSettings | None = None,
+        **options: Any,
+    ) -> Iterator[Chunk]:
+        """Answer, and yield text and sound as soon as they exist.
+
+        Args:
+            audio: the question, as a file or as samples with their rate; see ``read_waveform``.
+            text: the question in words, alone or after ``audio``.
+            system: a system prompt.
+            messages: a whole conversation instead of ``audio``, ``text`` and ``system``.
+            tools: handed on to the chat template.
+            speak: answer in speech and text; otherwise in text only.
+            settings: how to decode.
+            **options: single fields of :class:`GenerationSettings`, such as ``max_new_tokens`` or ``seed``.
+
+        Raises:
+            AudioError: if the recording cannot be used.
+            PromptError: if there is no question, or it does not fit the base's chat template or positions.
+        """
+        conversation = _conversation(audio, text=text, system=system, messages=messages)
+        chunks = self.stream_many([conversation], tools=tools, speak=speak, settings=settings, **options)
+        return (chunk for _, chunk in chunks)
+
+    def stream_many(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        *,
+        task: str | None = None,
+        speak: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        settings: GenerationSettings | None = None,
+        **options: Any,
+    ) -> Iterator[tuple[int, Chunk]]:
+        """Answer several conversations at once; yield (conversation, chunk) as soon as a chunk exists.
+
+        Args:
+            conversations: messages of each.
+            task: key of ``TASKS``; None goes by whether there are recordings and by ``speak``.
+            speak: answer in speech and text; otherwise in text only.
+            tools: handed on to the chat template.
+            settings: how to decode.
+            **options: single fields of :class:`GenerationSettings`.
+        """
+        started_s = time.perf_counter()
+        if not conversations:
+            raise PromptError("no conversations; pass at least one")
+        chosen = _settings(settings, options)
+        names = {task or _task_of(messages, speak=speak) for messages in conversations}
+        if len(names) > 1:
+            raise PromptError(
+                f"conversations of one call share a task, got {', '.join(sorted(names))}; "
+                "call once for those with recordings and once for those without"
+            )
+        name = names.pop()
+        spec, rules = get_task(name), self.processor.rules
+        samples = [self.processor(messages, task=name, tools=tools) for messages in conversations]
+        given = [self.processor.text_ids(_last_text(m)) for m in conversations] if spec.text_given else None
+        decoder = Decoder(
+            self.model, rules=rules, task=spec, text_end_ids=self.config.text_end_ids, settings=chosen
+        )
+        return stream_chunks(
+            decoder.run(samples, given=given),
+            rendering=Rendering(
+                tokenizer=self.tokenizer,
+                text_end_ids=self.config.text_end_ids,
+                codec=self.codec,
+                speaks=spec.speaks,
+                rules=rules,
+                stride=chosen.stride,
+                seed=chosen.seed,
+            ),
+            num_conversations=len(samples),
+            started_s=started_s,
+        )
+
+    def chat(
+        self,
+        audio: AudioSource | None = None,
+        *,
+        text: str | None = None,
+        system: str | None = None,
+        messages: Sequence[Message] | None = None,
+        speak: bool = True,
+        **options: Any,
+    ) -> Reply:
+        """Answer and return the whole reply: :meth:`stream`, collected, with its arguments."""
+        return Reply.collect(
+            self.stream(audio, text=text, system=system, messages=messages, speak=speak, **options)
+        )
+
+    def chat_many(self, conversations: Sequence[Sequence[Message]], **options: Any) -> list[Reply]:
+        """Answer several conversations at once: :meth:`stream_many`, collected."""
+        chunks: list[list[Chunk]] = [[] for _ in conversations]
+        for index, chunk in self.stream_many(conversations, **options):
+            chunks[index].append(chunk)
+        return [Reply.collect(parts) for parts in chunks]
+
+    def transcribe(self, audio: AudioSource, **options: Any) -> Reply:
+        """Write down what was said. ``options`` are fields of :class:`GenerationSettings`."""
+        return self.chat_many([_conversation(audio)], task="asr", **options)[0]
+
+    def say(self, text: str, **options: Any) -> Reply:
+        """Read ``text`` out, word for word. ``options`` are fields of :class:`GenerationSettings`."""
+        return self.chat_many([_conversation(text=text)], task="tts", **options)[0]
+
+    def save_pretrained(
+        self, folder: str | Path, *, include: Collection[str] = (), name: str | None = None
+    ) -> None:
+        """Write what was added: safetensors, JSON and a model card.
+
+        Args:
+            folder: made if missing.
+            include: whole parts to save beside it: ``base``, ``encoder``, ``codec``; others are referred to
+                by id.
+            name: name for the model card; None takes the folder's.
+
+        Raises:
+            CheckpointError: if a part has no name to refer to and is not included.
+        """
+        self._save(Path(folder), include=include, name=name, merged=False)
+
+    def merge_and_save(self, folder: str | Path, *, name: str | None = None) -> None:
+        """Write the whole talker into one folder: base with LoRA merged, encoder, codec, added weights."""
+        self._save(Path(folder), include=hub.PARTS, name=name, merged=True)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        include: Collection[str] = (),
+        private: bool | None = None,
+        token: str | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload talker",
+    ) -> str:
+        """Upload what :meth:`save_pretrained` writes as one commit; returns the commit's address."""
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, include=include, name=repo_id)
+            return hub.push_folder(
+                Path(folder),
+                repo_id,
+                token=token,
+                private=private,
+                commit_message=commit_message,
+                revision=revision,
+            )
+
+    def _save(self, folder: Path, *, include: Collection[str], name: str | None, merged: bool) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        config = hub.save_parts(
+            folder,
+            include,
+            config=self.config,
+            lm=hub.plain_lm(self.model, merged=merged) if "base" in include else self.model.backbone.lm,
+            tokenizer=self.tokenizer,
+            encoder=self.model.audio_encoder,
+            codec=self.codec,
+        )
+        hub.save_added(folder, self.model, config=config, with_lora=not merged)
+        self.processor.save_pretrained(folder)
+        hub.write_model_card(folder, config=config, name=name or folder.resolve().name)
+
+
+def _settings(settings: GenerationSettings | None, options: Mapping[str, Any]) -> GenerationSettings:
+    """Settings with single fields replaced."""
+    known = [field.name for field in fields(GenerationSettings)]
+    for key in options:
+        if key not in known:
+            nearest = difflib.get_close_matches(key, known, n=1)
+            advice = f"did you mean {nearest[0]!r}?" if nearest else f"known are {', '.join(known)}"
+            raise ConfigError(f"unknown generation setting {key!r}; {advice}")
+    return replace(settings or GenerationSettings(), **options)
+
+
+def _conversation(
+    audio: AudioSource | None = None,
+    *,
+    text: str | None = None,
+    system: str | None = None,
+    messages: Sequence[Message] | None = None,
+) -> list[Message]:
+    """The messages of a call."""
+    if messages is not None:
+        if audio is not None or text is not None or system is not None:
+            raise PromptError("pass either messages=, or audio, text= and system=")
+        return list(messages)
+    if audio is None and text is None:
+        raise PromptError("no question; pass a recording, text= or messages=")
+    parts: list[dict[str, Any]] = []
+    if audio is not None:
+        parts.append({"type": "audio", "audio": audio})
+    if text is not None:
+        parts.append({"type": "text", "text": text})
+    turns: list[Message] = [{"role": "system", "content": system}] if system is not None else []
+    return [*turns, {"role": "user", "content": parts}]
+
+
+def _task_of(messages: Sequence[Message], *, speak: bool) -> str:
+    hears = any(
+        part.get("type") == "audio"
+        for message in messages
+        if not isinstance(message.get("content"), str)
+        for part in message.get("content") or ()
+        if isinstance(part, Mapping)
+    )
+    return _TASK_OF[hears, speak]
+
+
+def _last_text(messages: Sequence[Message]) -> str:
+    """Text of the last user turn."""
+    content = messages[-1].get("content") if messages else None
+    if not isinstance(content, str):
+        content = "".join(str(part.get("text", "")) for part in content or ())
+    if not content.strip():
+        raise PromptError("nothing to say: the text is empty")
+    return content
+
+
+def _eos_token_ids(lm: PreTrainedModel) -> list[int]:
+    """Ids that the LM's generation config stops at."""
+    config = getattr(lm, "generation_config", None)
+    ids = config.eos_token_id if config is not None else None
+    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+
+
+def _base_fingerprint(backbone: Backbone, tokenizer: Any) -> dict[str, Any]:
+    sizes = {"vocab_size": backbone.vocab_size, "width": backbone.width}
+    return {**sizes, **tokenizer_fingerprint(tokenizer), **backbone.fingerprint()}
+
+
+def _place_added(model: OmniModel) -> None:
+    """Give what was added the base's type and device, and the encoder the base's device."""
+    for part in (model.audio_adapter, model.code_embedding, model.tts_blocks, model.code_heads):
+        part.to(device=model.backbone.device, dtype=model.backbone.dtype)
+    model.audio_encoder.to(model.backbone.device)
+
+
+def _plain(value: Any) -> Any:
+    """A config dataclass as plain values; anything else as it is."""
+    return asdict(value) if hasattr(value, "__dataclass_fields__") else value
