@@ -1,0 +1,101 @@
+import pytest
+import torch
+
+from omni_adapter.config import TtsConfig
+from omni_adapter.errors import ConfigError
+from omni_adapter.modules.tts_blocks import TtsBlocks, TtsCache
+
+WIDTH = 32
+
+
+def blocks(**settings) -> TtsBlocks:
+    torch.manual_seed(0)
+    config = TtsConfig(**{"layers": 2, "heads": 4, "kv_heads": 2, "init": "scaled", **settings})
+    return TtsBlocks(width=WIDTH, config=config).double()
+
+
+def states(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("parts", [[9], [5, 4], [1] * 9, [3, 1, 5]])
+def test_cached_equals_whole(parts):
+    tts, hidden, cache = blocks(), states(2, 9), TtsCache()
+    pieces = [tts(piece, cache=cache) for piece in hidden.split(parts, dim=1)]
+    torch.testing.assert_close(torch.cat(pieces, dim=1), tts(hidden), rtol=0, atol=1e-12)
+    assert cache.length == 9
+
+
+def test_cache_grows_beyond_its_first_capacity():
+    tts, hidden, cache = blocks(layers=1), states(1, 600), TtsCache()
+    pieces = [tts(piece, cache=cache) for piece in hidden.split([1] * 10 + [290, 300], dim=1)]
+    torch.testing.assert_close(torch.cat(pieces, dim=1), tts(hidden), rtol=0, atol=1e-12)
+
+
+def test_later_steps_do_not_reach_earlier_ones():
+    tts, hidden = blocks(), states(1, 8)
+    changed = hidden.clone()
+    changed[:, 5:] += 1
+    assert torch.equal(tts(hidden)[:, :5], tts(changed)[:, :5])
+
+
+def test_left_padding_equals_alone():
+    tts, hidden = blocks(), states(2, 7)
+    mask = torch.ones(2, 7, dtype=torch.long)
+    mask[1, :3] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    padded = tts(hidden, attention_mask=mask, position_ids=positions)
+    torch.testing.assert_close(padded[1, 3:], tts(hidden[1:, 3:])[0], rtol=0, atol=1e-12)
+    torch.testing.assert_close(padded[0], tts(hidden[:1])[0], rtol=0, atol=1e-12)
+    assert padded.isfinite().all()
+
+
+def test_rows_of_the_cache_can_be_repeated_and_dropped():
+    tts, hidden, cache = blocks(), states(3, 6), TtsCache()
+    tts(hidden[:, :5], cache=cache)
+    cache.select_rows(torch.tensor([2, 0, 2]))
+    after = tts(hidden[[2, 0, 2], 5:], cache=cache)
+    torch.testing.assert_close(after, tts(hidden[[2, 0, 2]])[:, 5:], rtol=0, atol=1e-12)
+
+
+def test_identity_init_only_normalises():
+    tts, hidden = blocks(init="identity"), states(1, 4)
+    torch.testing.assert_close(tts(hidden), tts.norm(hidden))
+
+
+def test_without_blocks_nothing_changes():
+    hidden = states(1, 4)
+    assert blocks(layers=0)(hidden) is hidden
+
+
+def test_scaled_init_depends_on_depth():
+    shallow, deep = blocks(layers=1), blocks(layers=4)
+    ratio = shallow.blocks[0].down.weight.std() / deep.blocks[0].down.weight.std()
+    assert 1.7 < ratio < 2.3
+
+
+def test_gradient_reaches_every_weight():
+    tts = blocks()
+    tts(states(1, 4)).square().sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in tts.parameters())
+
+
+@pytest.mark.parametrize(
+    ("width", "settings", "message"),
+    [
+        (32, {"heads": 5}, "must divide the LM's width 32.*heads=5"),
+        (32, {"heads": 4, "kv_heads": 3}, "heads=4, kv_heads=3"),
+        (33, {"heads": None, "kv_heads": None}, "even width, the base LM has 33; use tts_layers=0"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(width, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        TtsBlocks(width=width, config=TtsConfig(**{"layers": 1, **settings}))
+
+
+def test_paper_size():
+    # The TTS adapter of the released 0.5B shape has about 115.6 M weights with its heads; 89.5 M of them in the blocks.
+    with torch.device("meta"):
+        config = TtsConfig(layers=6, heads=14, kv_heads=2, intermediate_width=4864)
+        tts = TtsBlocks(width=896, config=config)
+    assert sum(parameter.numel() for parameter in tts.parameters()) == pytest.approx(89.5e6, rel=2e-3)
