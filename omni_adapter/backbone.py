@@ -14,16 +14,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from omni_adapter.errors import BackboneError
+from omni_adapter.tensor_files import read_safetensors
 from omni_adapter.vocab import NO_TEXT
 
 logger = logging.getLogger(__name__)
@@ -38,7 +41,7 @@ _VOLATILE = (
 )
 """Config keys that say how a model was loaded, not what it is."""
 
-_LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length")
+_LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_positions")
 """Config keys that transformers uses for the number of positions."""
 
 _REPLAY = ("embeddings", "attention_mask", "position_ids")
@@ -254,10 +257,6 @@ class Backbone(nn.Module):
         Raises:
             BackboneError: if LoRA was added before, or nothing fits ``targets``.
         """
-        if self.has_lora:
-            raise BackboneError(
-                f"LoRA was added already, to {len(self.lora_targets)} modules of {_name(self.lm)}"
-            )
         modules = _lora_targets(self) if targets == "all-linear" else _named(self.lm, targets)
         if not modules:
             raise BackboneError(
@@ -271,10 +270,18 @@ class Backbone(nn.Module):
             target_modules=list(modules),
             fan_in_fan_out=transposed,
         )
-        self._peft = (get_peft_model(self.lm, config),)  # type: ignore[assignment]
-        self.lora_targets = tuple(modules)
+        self._attach_lora(config)
         logger.info("LoRA of rank %d on %d modules of %s", rank, len(modules), _name(self.lm))
         return self.lora_targets
+
+    def _attach_lora(self, config: LoraConfig) -> None:
+        """Let PEFT put LoRA into the LM's modules, in place."""
+        if self.has_lora:
+            raise BackboneError(
+                f"LoRA was added already, to {len(self.lora_targets)} modules of {_name(self.lm)}"
+            )
+        self._peft = (get_peft_model(self.lm, config),)  # type: ignore[assignment]
+        self.lora_targets = tuple(sorted(config.target_modules or ()))
 
     @contextmanager
     def lora_disabled(self) -> Iterator[None]:
@@ -305,6 +312,35 @@ class Backbone(nn.Module):
         if self._peft:
             set_peft_model_state_dict(self._peft[0], dict(weights))
 
+    def save_lora(self, folder: Path) -> None:
+        """Write LoRA as PEFT does, so that PEFT alone can put it onto the base as well."""
+        folder.mkdir(parents=True, exist_ok=True)
+        weights = {
+            name: tensor.detach().cpu().contiguous() for name, tensor in self.lora_state_dict().items()
+        }
+        save_file(weights, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        for peft in self._peft:
+            peft.peft_config["default"].save_pretrained(str(folder))
+
+    def load_lora(self, folder: Path) -> None:
+        """Add the LoRA that ``save_lora`` wrote.
+
+        Raises:
+            BackboneError: if its tensors do not fit this LM, or LoRA was added before.
+            CheckpointError: if its file is broken.
+        """
+        config = PeftConfig.from_pretrained(str(folder))
+        if not isinstance(config, LoraConfig):
+            raise BackboneError(f"{folder} holds {config.peft_type}; LoRA was expected")
+        self._attach_lora(config)
+        self.load_lora_state_dict(read_safetensors(folder / SAFETENSORS_WEIGHTS_NAME))
+
+    def drop_lora(self) -> None:
+        """Take LoRA off again and leave the base's weights as they were."""
+        for peft in self._peft:
+            peft.unload()  # type: ignore[operator]
+        self._peft, self.lora_targets = (), ()
+
     def merge_lora(self) -> None:
         """Add the LoRA updates to the base's weights for good, and drop LoRA."""
         for peft in self._peft:
@@ -322,11 +358,11 @@ class Backbone(nn.Module):
         """One pass of the LM's own forward."""
         past = 0 if cache is None else cache.steps
         rows, count = steps.embeddings.shape[:2]
-        arguments = self._arguments(steps, use_cache=use_cache, logits_to_keep=logits_to_keep)
+        arguments = self._arguments(steps, past, use_cache=use_cache, logits_to_keep=logits_to_keep)
+        arguments |= {} if cache is None else cache.states
         with _captured_hidden(self.lm) as captured:
-            output = self.lm(
-                inputs_embeds=steps.embeddings, **arguments, **({} if cache is None else cache.states)
-            )
+            # A copy, since some LMs scale their input in place.
+            output = self.lm(inputs_embeds=steps.embeddings.clone(), **arguments)
         if not captured:
             raise BackboneError(f"{_name(self.lm)} has no body whose last hidden state enters its head")
         logits = output["logits"]
@@ -341,11 +377,13 @@ class Backbone(nn.Module):
             )
         return BackboneOutput(logits, captured[-1], BackboneCache(states, rows, past + count))
 
-    def _arguments(self, steps: _Steps, *, use_cache: bool, logits_to_keep: int) -> dict[str, Any]:
+    def _arguments(self, steps: _Steps, past: int, *, use_cache: bool, logits_to_keep: int) -> dict[str, Any]:
         """What the LM's forward takes besides embeddings and cache."""
         mask, positions, count = steps.attention_mask, steps.position_ids, steps.embeddings.shape[1]
         if mask is not None and positions is None:
             positions = (mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, -count:]
+        elif past and positions is None:
+            positions = torch.arange(past, past + count, device=steps.embeddings.device)[None]
         if mask is not None and "past_key_values" not in self.accepts:
             mask = mask[:, -count:]  # a state that is no list of steps has no place for the past's padding
         wanted = {
@@ -407,9 +445,13 @@ def inspect_base(lm: PreTrainedModel) -> frozenset[str]:
             f"forward() of {name} takes no inputs_embeds; pass a causal LM that can be fed embeddings"
         )
     try:
-        lm.get_input_embeddings()
-    except NotImplementedError as error:
-        raise BackboneError(f"{name} has no input embedding table (get_input_embeddings)") from error
+        table = lm.get_input_embeddings()
+    except NotImplementedError:
+        table = None
+    if table is None or isinstance(table, (nn.ModuleList, nn.ModuleDict)):
+        raise BackboneError(
+            f"get_input_embeddings() of {name} gives {_name(table)}; pass a causal LM with one table"
+        )
     return accepts
 
 
@@ -424,11 +466,11 @@ def _accepted(lm: PreTrainedModel) -> frozenset[str]:
 
 
 def _bodies(lm: PreTrainedModel) -> list[nn.Module]:
-    """Modules that may compute the last hidden state, outermost first."""
-    candidates = [lm.base_model, lm.get_decoder()]
-    return [
-        body for index, body in enumerate(candidates) if body is not lm and body not in candidates[:index]
-    ]
+    """Modules that may compute the last hidden state that enters the head."""
+    head = lm.get_output_embeddings()
+    inside = {lm, *(() if head is None else head.modules())}
+    candidates = (lm.base_model, lm.get_decoder(), *lm.children())
+    return [body for body in dict.fromkeys(candidates) if body not in inside]
 
 
 def _name(lm: object) -> str:
@@ -442,8 +484,8 @@ def _captured_hidden(lm: PreTrainedModel) -> Iterator[list[Tensor]]:
     captured: list[Tensor] = []
 
     def collect(module: nn.Module, inputs: Any, output: Any) -> None:
-        hidden = output if isinstance(output, Tensor) else output[0]
-        captured.append(hidden)
+        if hasattr(output, "last_hidden_state"):
+            captured.append(output.last_hidden_state)
 
     handles = [body.register_forward_hook(collect) for body in _bodies(lm)]
     try:
@@ -507,28 +549,35 @@ def _check_embeddings(backbone: Backbone, ids: Tensor, embeddings: Tensor) -> Ba
     try:
         with _lookups(lm) as by_embeddings:
             whole = backbone(embeddings)
+    except BackboneError:
+        raise
     except Exception as error:  # as above
         needs = sorted(by_ids - by_embeddings)
         reason = f"; it looks ids up in {', '.join(needs)}" if needs else ""
         raise BackboneError(
             f"{name} does not run on inputs_embeds alone: {_first_line(error)}{reason}"
         ) from error
-    if torch.equal(whole.logits, expected):
-        return whole
     if needs := sorted(by_ids - by_embeddings):
+        raise BackboneError(f"{name} builds per-layer inputs from input_ids, in {', '.join(needs)}")
+    if not torch.equal(whole.logits, expected):
         raise BackboneError(
-            f"{name} builds per-layer inputs from input_ids ({', '.join(needs)}); embeddings lack them"
+            f"{name} gives other logits for embeddings than for the input_ids that they stand for"
         )
-    raise BackboneError(f"{name} gives other logits for inputs_embeds than for the input_ids that they embed")
+    return whole
 
 
 def _check_causal(backbone: Backbone, embeddings: Tensor, whole: BackboneOutput) -> None:
-    """A step must not see the steps after it."""
-    changed = torch.cat([embeddings[:, :-1], embeddings[:, :1]], dim=1)
-    other = backbone(changed)
+    """A step must not see the steps after it, and must take an embedding that stands for no id."""
+    name = _name(backbone.lm)
+    foreign = embeddings[:, :2].mean(dim=1, keepdim=True)
+    try:
+        other = backbone(torch.cat([embeddings[:, :-1], foreign], dim=1))
+    except Exception as error:  # other people's code may raise anything
+        raise BackboneError(
+            f"{name} takes no embeddings but those of its own ids: {_first_line(error)}"
+        ) from error
     if _close(other.hidden[:, :-1], whole.hidden[:, :-1]):
         return
-    name = _name(backbone.lm)
     if getattr(backbone.lm.config, "is_decoder", True):
         raise BackboneError(f"{name} is bidirectional: steps see those after them; pass a causal LM")
     raise BackboneError(f"{name} is bidirectional: set is_decoder=True in its config")
@@ -539,7 +588,7 @@ def _find_position_offset(backbone: Backbone, embeddings: Tensor, whole: Backbon
     if "position_ids" not in backbone.accepts:
         return
     positions = torch.arange(_PROBE_STEPS, device=embeddings.device)[None]
-    padding_id = backbone.lm.config.get_text_config().pad_token_id
+    padding_id = getattr(backbone.lm.config.get_text_config(), "pad_token_id", None)
     for offset in (0, *([] if padding_id is None else [padding_id + 1])):
         backbone._position_offset = offset
         with _tolerated():
@@ -550,16 +599,21 @@ def _find_position_offset(backbone: Backbone, embeddings: Tensor, whole: Backbon
 
 
 def _check_cache(backbone: Backbone, embeddings: Tensor, whole: BackboneOutput) -> None:
-    """Cached steps must come out as uncached ones; an LM whose cache fails runs again from the start instead."""
+    """A prefix must not depend on what follows it, and cached steps must come out as uncached ones do.
+
+    An LM whose cache fails runs from the start again at each step.
+    """
     with _tolerated():
         first = backbone(embeddings[:, :-1], use_cache=True)
         second = backbone(embeddings[:, -1:], cache=first.cache, use_cache=True)
         if _close(second.logits, whole.logits[:, -1:], slack=_CACHE_SLACK):
             return
+    name = _name(backbone.lm)
+    if not _close(backbone(embeddings[:, :-1]).logits, whole.logits[:, :-1], slack=_CACHE_SLACK):
+        raise BackboneError(f"{name} gives steps another result when more steps follow; pass a causal LM")
     backbone.replays = True
     logger.warning(
-        "%s keeps no cache that gives the logits of a full pass; each step runs all before it",
-        _name(backbone.lm),
+        "%s has no cache that gives the logits of a full pass; each step will run all before it", name
     )
 
 

@@ -1,0 +1,272 @@
+"""Every causal-LM family of transformers behind ``Backbone``, tiny and random.
+
+A check is one function of a backbone; a new one is a new entry of ``CHECKS``. ``POPULAR`` families run always, all of
+them with ``-m all_families``, which also prints one line per family: wrapped, or refused and why.
+"""
+
+import gc
+import re
+
+import pytest
+import torch
+from tests.families import ALL_FAMILIES, POPULAR, build_family, build_fresh
+from torch import Tensor, nn
+
+from omni_adapter.backbone import Backbone
+from omni_adapter.errors import BackboneError
+
+REFUSED = {
+    "blt": "input_ids is required for entropy-based patching",
+    "cpmant": "takes no inputs_embeds",
+    "deepseek_v4": "does not run on inputs_embeds alone",
+    "gemma3n_text": r"builds per-layer inputs from input_ids, in model.embed_tokens_per_layer",
+    "gemma4": "takes no embeddings but those of its own ids",
+    "gemma4_text": "takes no embeddings but those of its own ids",
+    "gemma4_unified_assistant": "shared_kv_states cannot be None",
+    "musicgen": "get_input_embeddings.. of MusicgenForCausalLM gives ModuleList",
+    "musicgen_melody": "get_input_embeddings.. of MusicgenMelodyForCausalLM gives ModuleList",
+    "prophetnet": "another result when more steps follow",
+    "xlm": "is bidirectional",
+    "xlnet": "is bidirectional",
+}
+"""Families that cannot be wrapped, and what the error must say."""
+
+NOT_BUILT = {
+    "gemma3n": "its vision tower needs the package timm",
+    "gemma4_assistant": "its config demands that all layers share another model's cache",
+}
+"""Entries of the mapping whose tiny model cannot be built here, and why."""
+
+INEXACT_PADDING = {
+    "bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "git", "marian", "mbart", "mvp", "pegasus", "plbart",
+    "rwkv", "trocr", "whisper",
+}  # fmt: skip
+"""Families whose learned positions or states do not heed left padding."""
+
+REPLAYED = {"openai-gpt", "recurrent_gemma"}
+"""Families that keep no state, or keep it inside the model."""
+
+
+def sample_ids(rows: int, steps: int) -> Tensor:
+    generator = torch.Generator().manual_seed(3)
+    return torch.randint(3, 100, (rows, steps), generator=generator)
+
+
+def assert_close(one: Tensor, other: Tensor) -> None:
+    torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3 * float(other.abs().max()))
+
+
+def greedy(backbone: Backbone, ids: Tensor, count: int) -> list[int]:
+    output = backbone(backbone.embed(ids), use_cache=True, logits_to_keep=1)
+    chosen = [int(output.logits[0, -1].argmax())]
+    while len(chosen) < count:
+        last = torch.tensor([[chosen[-1]]])
+        output = backbone(backbone.embed(last), cache=output.cache, use_cache=True, logits_to_keep=1)
+        chosen.append(int(output.logits[0, -1].argmax()))
+    return chosen
+
+
+@torch.no_grad()
+def check_embeddings_give_the_logits_of_ids(backbone: Backbone) -> None:
+    ids = sample_ids(2, 7)
+    expected = backbone.lm(input_ids=ids).logits
+    assert torch.equal(backbone(backbone.embed(ids)).logits, expected)
+    assert backbone.vocab_size == expected.shape[-1]
+
+
+@torch.no_grad()
+def check_hidden_is_what_enters_the_head(backbone: Backbone) -> None:
+    embeddings = backbone.embed(sample_ids(1, 7))
+    seen: list[Tensor] = []
+    head = backbone.lm.get_output_embeddings()
+    with head.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0])):
+        whole = backbone(embeddings)
+    last = backbone(embeddings, logits_to_keep=1)
+    assert last.logits.shape[1] == 1
+    assert last.hidden.shape == (1, 7, backbone.hidden_width)
+    torch.testing.assert_close(last.logits, whole.logits[:, -1:])
+    assert torch.equal(last.hidden, whole.hidden)
+    if isinstance(head, nn.Linear) and seen and seen[0].shape == whole.hidden.shape:
+        direct = type(backbone.lm).__name__ not in HEADS_WITH_A_TRANSFORM
+        if direct:
+            ratio = (seen[0] / whole.hidden)[whole.hidden.abs() > 1e-3]
+            torch.testing.assert_close(ratio, ratio.flatten()[:1].expand_as(ratio), rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+def check_greedy_text_is_that_of_generate(backbone: Backbone) -> None:
+    ids = sample_ids(1, 7)
+    lm = backbone.lm
+    try:
+        expected = lm.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, min_new_tokens=12, do_sample=False
+        )
+    except Exception as error:
+        pytest.skip(f"generate() of {type(lm).__name__} fails by itself: {error}")
+    banned = lm.generation_config.eos_token_id  # generate keeps it away for min_new_tokens
+    chosen = greedy(backbone, ids, 12)
+    if banned not in chosen:
+        assert chosen == expected[0, 7:].tolist()
+
+
+@torch.no_grad()
+def check_cached_steps_equal_the_full_pass(backbone: Backbone) -> None:
+    embeddings = backbone.embed(sample_ids(2, 14))
+    whole = backbone(embeddings)
+    outputs = [backbone(embeddings[:, :5], use_cache=True)]
+    for start, stop in ((5, 6), (6, 7), (7, 10), (10, 11), (11, 14)):
+        outputs.append(backbone(embeddings[:, start:stop], cache=outputs[-1].cache, use_cache=True))
+        assert outputs[-1].cache is not None
+        assert outputs[-1].cache.steps == stop
+    assert_close(torch.cat([output.logits for output in outputs], dim=1), whole.logits)
+    assert_close(torch.cat([output.hidden for output in outputs], dim=1), whole.hidden)
+
+
+@torch.no_grad()
+def check_padded_rows_equal_single_ones(backbone: Backbone) -> None:
+    if not backbone.padding_is_exact:
+        return
+    embeddings = backbone.embed(sample_ids(2, 12))
+    padding, past = 4, 10
+    embeddings[0, :padding] = 0
+    mask = torch.ones(2, 12, dtype=torch.long)
+    mask[0, :padding] = 0
+    outputs = [backbone(embeddings[:, :past], attention_mask=mask[:, :past], use_cache=True)]
+    for index in range(past, 12):
+        step = embeddings[:, index : index + 1]
+        outputs.append(
+            backbone(step, attention_mask=mask[:, : index + 1], cache=outputs[-1].cache, use_cache=True)
+        )
+    hidden = torch.cat([output.hidden for output in outputs], dim=1)
+    for row, start in ((0, padding), (1, 0)):
+        assert_close(hidden[row : row + 1, start:], backbone(embeddings[row : row + 1, start:]).hidden)
+
+
+@torch.no_grad()
+def check_rows_of_a_cache_can_be_selected(backbone: Backbone) -> None:
+    embeddings = backbone.embed(sample_ids(3, 10))
+    whole = backbone(embeddings)
+    first = backbone(embeddings[:, :6], use_cache=True)
+    assert first.cache is not None
+    chosen = backbone.select_rows(first.cache, torch.tensor([2, 0, 0, 1]))
+    assert chosen.rows == 4
+    order = [2, 0, 0, 1]
+    second = backbone(embeddings[order, 6:7], cache=chosen, use_cache=True)
+    assert_close(second.hidden, whole.hidden[order, 6:7])
+    fewer = backbone.select_rows(second.cache, torch.tensor([3]))
+    assert_close(backbone(embeddings[[1], 7:8], cache=fewer).hidden, whole.hidden[[1], 7:8])
+    # The source is as it was.
+    assert_close(backbone(embeddings[:, 6:7], cache=first.cache).hidden, whole.hidden[:, 6:7])
+
+
+def check_gradient_reaches_the_embeddings(backbone: Backbone) -> None:
+    embeddings = backbone.embed(sample_ids(1, 5)).detach().requires_grad_()
+    output = backbone(embeddings)
+    (output.hidden.square().mean() + output.logits.square().mean()).backward()
+    backbone.zero_grad(set_to_none=True)
+    assert embeddings.grad is not None
+    assert bool(torch.isfinite(embeddings.grad).all())
+    assert bool((embeddings.grad.abs().amax(dim=-1) > 0).all())
+
+
+CHECKS = (
+    check_embeddings_give_the_logits_of_ids,
+    check_hidden_is_what_enters_the_head,
+    check_greedy_text_is_that_of_generate,
+    check_cached_steps_equal_the_full_pass,
+    check_padded_rows_equal_single_ones,
+    check_rows_of_a_cache_can_be_selected,
+    check_gradient_reaches_the_embeddings,
+)
+"""What every family that wraps must pass; none of them may change the model."""
+
+HEADS_WITH_A_TRANSFORM: frozenset[str] = frozenset()
+"""LMs whose head does more to the hidden state than scale it."""
+
+
+def run_all_checks(family: str) -> None:
+    backbone = Backbone(build_family(family))
+    assert backbone.padding_is_exact == (family not in INEXACT_PADDING)
+    assert backbone.replays == (family in REPLAYED)
+    before = {name: value.clone() for name, value in backbone.lm.state_dict().items()}
+    for check in CHECKS:
+        check(backbone)
+    after = backbone.lm.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def check_lora(family: str) -> None:
+    backbone = Backbone(build_fresh(family))
+    ids = sample_ids(2, 6)
+    with torch.no_grad():
+        base = backbone(backbone.embed(ids)).logits
+    assert backbone.add_lora(rank=2)
+    torch.manual_seed(1)
+    learned = [value for name, value in backbone.lm.named_parameters() if "lora_" in name]
+    for value in learned:
+        nn.init.normal_(value, std=0.3)
+    with torch.no_grad():
+        changed = backbone(backbone.embed(ids)).logits
+        with backbone.lora_disabled():
+            assert torch.equal(backbone(backbone.embed(ids)).logits, base)
+    assert not torch.equal(changed, base)
+    backbone(backbone.embed(ids)).logits.square().mean().backward()
+    assert all(value.grad is not None for name, value in backbone.lm.named_parameters() if "lora_" in name)
+    weights = backbone.lora_state_dict()
+    other = Backbone(build_fresh(family))
+    other.add_lora(rank=2)
+    other.load_lora_state_dict(weights)
+    with torch.no_grad():
+        assert torch.equal(other(other.embed(ids)).logits, changed)
+        other.merge_lora()
+        assert_close(other(other.embed(ids)).logits, changed)
+
+
+def check_refused(family: str) -> str:
+    with pytest.raises(BackboneError, match=REFUSED[family]) as caught:
+        Backbone(build_family(family))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("family", POPULAR)
+def test_popular_family(family):
+    run_all_checks(family)
+
+
+@pytest.mark.parametrize("family", POPULAR)
+def test_popular_family_takes_lora(family):
+    check_lora(family)
+
+
+@pytest.mark.all_families
+@pytest.mark.parametrize("family", [family for family in ALL_FAMILIES if family not in POPULAR])
+def test_family(family):
+    if family in NOT_BUILT:
+        pytest.skip(NOT_BUILT[family])
+    try:
+        if family in REFUSED:
+            check_refused(family)
+        else:
+            run_all_checks(family)
+            check_lora(family)
+    finally:
+        build_family.cache_clear()
+        gc.collect()
+
+
+@pytest.mark.all_families
+def test_every_family_is_wrapped_or_refused_with_a_reason(capsys):
+    lines = []
+    for family in ALL_FAMILIES:
+        if family in NOT_BUILT:
+            lines.append(f"{family:28} not built  {NOT_BUILT[family]}")
+            continue
+        try:
+            Backbone(build_fresh(family))
+            lines.append(f"{family:28} wrapped")
+        except BackboneError as error:
+            lines.append(f"{family:28} refused    {error}")
+            assert re.search(REFUSED.get(family, "^$"), str(error)), f"{family}: {error}"
+    with capsys.disabled():
+        print("", *lines, sep="\n")
+    assert sum(line.endswith("wrapped") for line in lines) == len(ALL_FAMILIES) - len(REFUSED) - len(NOT_BUILT)
