@@ -1,0 +1,290 @@
+import io
+import logging
+import multiprocessing
+import resource
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from omni_adapter.audio.waveform import WavWriter, read_waveform, write_wav
+from omni_adapter.errors import AudioError
+
+RATE = 16000
+
+
+def tone(seconds=1.0, rate=RATE, *, level=0.5, hz=440.0):
+    return (level * np.sin(2 * np.pi * hz * np.arange(int(seconds * rate)) / rate)).astype(np.float32)
+
+
+def as_file(samples, rate=RATE, *, kind="WAV", subtype="PCM_16"):
+    buffer = io.BytesIO()
+    soundfile.write(buffer, samples, rate, format=kind, subtype=subtype)
+    return buffer.getvalue()
+
+
+def reason_of(source, **options):
+    with pytest.raises(AudioError) as error:
+        read_waveform(source, sampling_rate=RATE, **options)
+    return error.value.reason
+
+
+FORMATS = [  # format, subtype, largest error of a sample
+    ("WAV", "PCM_16", 1e-4),
+    ("WAV", "PCM_U8", 1e-2),
+    ("WAV", "PCM_24", 1e-6),
+    ("WAV", "PCM_32", 1e-6),
+    ("WAV", "FLOAT", 0.0),
+    ("WAV", "DOUBLE", 0.0),
+    ("WAV", "ULAW", 0.05),
+    ("AIFF", "PCM_16", 1e-4),
+    ("FLAC", "PCM_16", 1e-4),
+    ("FLAC", "PCM_24", 1e-6),
+    ("OGG", "VORBIS", 0.1),
+    ("OGG", "OPUS", 0.1),
+    ("MP3", "MPEG_LAYER_III", 0.1),
+]
+
+
+@pytest.mark.parametrize(("kind", "subtype", "error"), FORMATS)
+def test_every_format(kind, subtype, error):
+    samples = tone()
+    waveform = read_waveform(as_file(samples, kind=kind, subtype=subtype), sampling_rate=RATE)
+    assert waveform.dtype == torch.float32
+    assert waveform.shape == samples.shape
+    assert np.abs(waveform.numpy() - samples)[800:-800].max() <= error
+
+
+@pytest.mark.parametrize("rate", [8000, 11025, 22050, 44100, 48000])
+def test_any_rate_keeps_duration_and_tone(rate):
+    stereo = np.stack([tone(1.3, rate), tone(1.3, rate)], axis=1)
+    waveform = read_waveform(as_file(stereo, rate), sampling_rate=RATE).numpy()
+    assert abs(len(waveform) - 1.3 * RATE) <= 1
+    inside = slice(800, len(waveform) - 800)
+    assert np.abs(waveform - tone(2)[: len(waveform)])[inside].max() < 2e-3
+
+
+def test_every_kind_of_source_gives_the_same(tmp_path):
+    samples = tone()
+    data = as_file(samples, subtype="FLOAT")
+    path = tmp_path / "tone.wav"
+    path.write_bytes(data)
+    sources = [path, str(path), data, io.BytesIO(data), samples, torch.from_numpy(samples)]
+    sources += [(samples, RATE), (torch.from_numpy(samples), RATE), samples[:, None], samples[None, :]]
+    sources += [samples.astype(np.float64)]
+    with path.open("rb") as file:
+        for source in [*sources, file]:
+            waveform = read_waveform(source, sampling_rate=RATE, array_rate=RATE)
+            assert torch.equal(waveform, torch.from_numpy(samples))
+
+
+def test_integers_are_scaled_by_their_type():
+    samples = tone()
+    for dtype, scale, middle in ((np.int16, 32768, 0), (np.int32, 2**31, 0), (np.uint8, 128, 128)):
+        integers = (samples.astype(np.float64) * (scale - 1) + middle).astype(dtype)
+        waveform = read_waveform((integers, RATE), sampling_rate=RATE).numpy()
+        assert np.abs(waveform - samples).max() < 2 / scale + 1e-6
+
+
+def test_blocks_do_not_show(monkeypatch):
+    data = as_file(tone(1.0, 44100), 44100)
+    whole = read_waveform(data, sampling_rate=RATE)
+    monkeypatch.setattr("omni_adapter.audio.waveform._BLOCK_VALUES", 1000)
+    torch.testing.assert_close(read_waveform(data, sampling_rate=RATE), whole, rtol=0, atol=1e-6)
+
+
+def test_inverted_stereo_is_heard_and_warned_about(caplog):
+    stereo = np.stack([tone(), -tone()], axis=1)
+    for source in (as_file(stereo), (stereo, RATE)):
+        with caplog.at_level(logging.WARNING):
+            waveform = read_waveform(source, sampling_rate=RATE)
+        assert waveform.abs().max() > 0.49
+        assert "channels cancel each other" in caplog.text
+        caplog.clear()
+
+
+def test_louder_than_one_is_scaled_down_and_warned_about(caplog):
+    with caplog.at_level(logging.WARNING):
+        waveform = read_waveform(as_file(tone(level=2.0), subtype="FLOAT"), sampling_rate=RATE)
+    assert waveform.abs().max() <= 1.0
+    assert np.abs(waveform.numpy() - tone(level=1.0)).max() < 1e-2
+    assert "scaled down" in caplog.text
+
+
+def patched(data, start, replacement):
+    return data[:start] + replacement + data[start + len(replacement) :]
+
+
+WAV, FLAC = as_file(tone()), as_file(tone(), kind="FLAC")
+NOT_FINITE = tone()
+NOT_FINITE[8000] = np.nan
+NO_LENGTH = patched(FLAC, 21, bytes([FLAC[21] & 0xF0, 0, 0, 0, 0]))
+BOMB = patched(FLAC, 21, bytes([FLAC[21] | 0x0F, 255, 255, 255, 255]))
+
+BROKEN = [
+    ("no bytes", b"", "empty", "no bytes"),
+    ("no samples", as_file(tone(0)), "empty", "no samples"),
+    ("header only", WAV[:44], "empty", "no samples"),
+    ("torn header", WAV[:20], "empty", "within its header"),
+    ("torn wav", WAV[: len(WAV) // 2], "truncated", "15978 of 32000 bytes"),
+    ("torn flac", FLAC[: len(FLAC) // 2], "truncated", "truncated"),
+    (
+        "torn mp3",
+        as_file(tone(9), kind="MP3", subtype="MPEG_LAYER_III")[:4000],
+        "truncated",
+        "of 144000 samples",
+    ),
+    ("text", b"this is no audio at all" * 99, "unreadable", "not audio"),
+    ("zip", b"PK\x03\x04" + bytes(999), "unreadable", "not audio"),
+    ("0 Hz", patched(WAV, 24, bytes(4)), "unreadable", "not audio"),
+    ("NaN", as_file(NOT_FINITE, subtype="FLOAT"), "not_finite", "NaN"),
+    ("infinity", as_file(np.full(RATE, np.inf), subtype="FLOAT"), "not_finite", "NaN"),
+    ("silence", as_file(np.zeros(RATE)), "silent", "is silent"),
+    ("almost silence", as_file(tone(level=5e-5), subtype="FLOAT"), "silent", "is silent"),
+    ("not in -1..1", as_file(tone(level=20000.0), subtype="FLOAT"), "out_of_range", "reach 2e"),
+    ("header claims 50 days", BOMB, "too_long", "at most 1800 s"),
+]
+
+
+@pytest.mark.parametrize(
+    ("data", "reason", "text"), [case[1:] for case in BROKEN], ids=[c[0] for c in BROKEN]
+)
+def test_broken_recordings_say_what_is_wrong(data, reason, text, tmp_path):
+    path = tmp_path / "broken"
+    path.write_bytes(data)
+    for source in (data, path):
+        with pytest.raises(AudioError, match=text) as error:
+            read_waveform(source, sampling_rate=RATE)
+        assert error.value.reason == reason
+
+
+def test_silence_is_fine_when_asked_for():
+    assert read_waveform(as_file(np.zeros(RATE)), sampling_rate=RATE, allow_silent=True).shape == (RATE,)
+
+
+@pytest.mark.parametrize("data", [as_file(tone(3)), patched(WAV, 40, b"\xff" * 4)])
+def test_length_limit(data):
+    seconds = len(read_waveform(data, sampling_rate=RATE)) / RATE
+    assert len(read_waveform(data, sampling_rate=RATE, max_seconds=seconds)) == seconds * RATE
+    assert reason_of(data, max_seconds=seconds - 0.1) == "too_long"
+
+
+def test_length_limit_counts_what_is_decoded_where_the_header_does_not_say():
+    assert len(read_waveform(NO_LENGTH, sampling_rate=RATE)) == RATE
+    assert reason_of(NO_LENGTH, max_seconds=0.5) == "too_long"
+    assert reason_of((tone(2), RATE), max_seconds=1) == "too_long"
+
+
+def test_ten_minutes_are_read_whole():
+    data = as_file(np.tile(tone(), 600), kind="FLAC")
+    assert len(read_waveform(data, sampling_rate=RATE)) == 600 * RATE
+
+
+def _read_bomb_in_little_memory(path, answer):
+    now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (now + (200 << 20),) * 2)
+    answer.send(reason_of(path))
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="limits memory by /proc")
+def test_a_header_never_decides_about_memory(tmp_path):
+    path = tmp_path / "bomb.flac"
+    path.write_bytes(BOMB)
+    receive, send = multiprocessing.Pipe(duplex=False)
+    child = multiprocessing.get_context("fork").Process(target=_read_bomb_in_little_memory, args=(path, send))
+    child.start()
+    assert receive.poll(30)
+    assert receive.recv() == "too_long"
+    child.join()
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        (17, "wrong_type"),
+        (None, "wrong_type"),
+        (np.zeros((2, 3, 4)), "wrong_type"),
+        (np.zeros((1000, 1000)), "wrong_type"),
+        (np.array(["a", "b"]), "wrong_type"),
+        (np.zeros(5, dtype=complex), "wrong_type"),
+        (np.zeros(0), "empty"),
+        ((tone(), 0), "bad_rate"),
+        ((tone(), "16000"), "bad_rate"),
+        ((tone(), 16000.5), "bad_rate"),
+        ("no/such/file.wav", "not_found"),
+        ("What is the capital of France? " * 99, "not_found"),
+        ("bad\0name", "not_found"),
+        (Path(), "not_found"),
+    ],
+)
+def test_wrong_sources(source, reason):
+    assert reason_of(source, array_rate=RATE) == reason
+
+
+def test_an_array_needs_a_rate():
+    with pytest.raises(AudioError, match=r"pass \(samples, rate\)") as error:
+        read_waveform(tone(), sampling_rate=RATE)
+    assert error.value.reason == "bad_rate"
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.binary(max_size=300), st.integers(0, 300))
+def test_no_bytes_raise_anything_but_our_error(noise, start):
+    for data in (noise, patched(WAV, start, noise), patched(FLAC, start, noise)):
+        try:
+            waveform = read_waveform(data, sampling_rate=RATE)
+        except AudioError:
+            continue
+        assert waveform.isfinite().all()
+
+
+@pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="needs espeak-ng")
+def test_real_speech(tmp_path):
+    path = tmp_path / "speech.wav"
+    subprocess.run(["espeak-ng", "-w", str(path), "What is the capital of France?"], check=True)
+    info = soundfile.info(path)
+    waveform = read_waveform(path, sampling_rate=RATE)
+    assert abs(len(waveform) - info.duration * RATE) <= 1
+    assert 0.1 < waveform.abs().max() <= 1.0
+
+
+class TestWriting:
+    @pytest.mark.parametrize("chunks", [tone(), torch.from_numpy(tone()), np.split(tone(), 10), []])
+    def test_written_is_read(self, chunks, tmp_path):
+        path = tmp_path / "out.wav"
+        write_wav(path, chunks, sampling_rate=24000)
+        samples, rate = soundfile.read(path)
+        assert rate == 24000
+        expected = tone() if len(chunks) else np.zeros(0)
+        assert len(samples) == len(expected)
+        assert not len(samples) or np.abs(samples - expected).max() < 1e-4
+
+    def test_header_is_right_after_every_chunk(self, tmp_path):
+        path = tmp_path / "out.wav"
+        with WavWriter(path, sampling_rate=24000) as wav:
+            assert soundfile.info(path).frames == 0
+            for count in range(1, 4):
+                wav.write(tone()[:1000])
+                assert soundfile.info(path).frames == 1000 * count == wav.num_samples
+                assert path.stat().st_size == 44 + 2 * wav.num_samples
+
+    def test_loud_samples_are_clipped_not_wrapped(self, tmp_path):
+        write_wav(tmp_path / "out.wav", np.array([2.0, -2.0]), sampling_rate=24000)
+        samples, _ = soundfile.read(tmp_path / "out.wav")
+        assert samples[0] > 0.99
+        assert samples[1] < -0.99
+
+    def test_errors(self, tmp_path):
+        with pytest.raises(AudioError, match="cannot be written"):
+            WavWriter(tmp_path / "no" / "folder.wav", sampling_rate=24000)
+        with WavWriter(tmp_path / "out.wav", sampling_rate=24000) as wav:
+            with pytest.raises(AudioError, match="NaN"):
+                wav.write(np.array([np.nan]))
+            with pytest.raises(AudioError, match=r"floats of the shape \[n\], got int64"):
+                wav.write(np.zeros((2, 2), dtype=np.int64))
