@@ -1,0 +1,109 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from transformers import WhisperFeatureExtractor
+
+from omni_adapter.audio.features import LogMel
+from omni_adapter.errors import AudioError, CheckpointError, ConfigError
+
+RATE = 16000
+SHORT = LogMel(80, window_seconds=1)  # windows of one second keep tests fast
+
+
+def noise(num_samples, *, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return 0.1 * torch.randn(num_samples, generator=generator)
+
+
+def test_window_is_whispers_own_arithmetic():
+    waveform = noise(3 * RATE)
+    expected = WhisperFeatureExtractor()(
+        waveform.numpy(), sampling_rate=RATE, return_tensors="pt"
+    ).input_features
+    (window,) = LogMel().windows(waveform, padding="window")
+    assert window.values.dtype == torch.float32
+    assert torch.equal(window.values, expected[0])
+    assert window.length == 300
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 3 * RATE + 500))
+@example(1)
+@example(159)
+@example(160)
+@example(161)
+@example(RATE - 1)
+@example(RATE)
+@example(RATE + 1)
+def test_number_of_frames_is_known_beforehand(num_samples):
+    windows = SHORT.windows(noise(num_samples))
+    assert [window.length for window in windows] == SHORT.num_frames(num_samples)
+    assert [window.values.shape for window in windows] == [(80, window.length) for window in windows]
+    # Nothing is dropped: the frames cover every sample, and not one frame more than needed.
+    covered = sum(window.length for window in windows) * SHORT.hop_length
+    assert num_samples <= covered < num_samples + SHORT.hop_length
+    assert all(window.values.isfinite().all() for window in windows)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(1, 2 * RATE))
+@example(RATE - 399)
+def test_true_length_is_the_beginning_of_the_full_window(num_samples):
+    waveform = noise(num_samples)
+    cut, full = (SHORT.windows(waveform, padding=padding) for padding in ("true_length", "window"))
+    for short, long in zip(cut, full, strict=True):
+        assert long.values.shape == (80, SHORT.window_frames)
+        assert short.length == long.length
+        torch.testing.assert_close(short.values, long.values[:, : short.length], rtol=0, atol=1e-5)
+
+
+def test_long_recordings_become_several_windows():
+    waveform = noise(2 * RATE + 4000)
+    windows = SHORT.windows(waveform)
+    assert [window.length for window in windows] == [100, 100, 25]
+    for window, part in zip(windows, waveform.split(RATE), strict=True):
+        assert torch.equal(window.values, SHORT.windows(part)[0].values)
+
+
+def test_equal_to_the_whisper_package():
+    whisper_audio = pytest.importorskip("whisper.audio")
+    waveform = noise(2 * RATE)
+    padded = whisper_audio.pad_or_trim(waveform.numpy())
+    for num_mel_bins in (80, 128):
+        expected = whisper_audio.log_mel_spectrogram(padded, n_mels=num_mel_bins)
+        (window,) = LogMel(num_mel_bins).windows(waveform, padding="window")
+        torch.testing.assert_close(window.values, expected, rtol=0, atol=1e-4)
+
+
+def test_save_and_load(tmp_path):
+    log_mel = LogMel(128, window_seconds=0.5)
+    log_mel.save_pretrained(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["preprocessor_config.json"]
+    loaded = LogMel.from_pretrained(tmp_path)
+    assert (loaded.num_mel_bins, loaded.window_frames, loaded.sampling_rate) == (128, 50, RATE)
+    waveform = noise(RATE)
+    for ours, theirs in zip(log_mel.windows(waveform), loaded.windows(waveform), strict=True):
+        assert torch.equal(ours.values, theirs.values)
+
+
+def test_errors(tmp_path):
+    with pytest.raises(AudioError, match="no samples"):
+        SHORT.windows(torch.zeros(0))
+    with pytest.raises(AudioError, match=r"float samples \[N\], got torch.int16 \[2, 5\]"):
+        SHORT.windows(torch.zeros(2, 5, dtype=torch.int16))
+    with pytest.raises(ConfigError, match="whole number of feature frames"):
+        LogMel(window_seconds=0.0051)
+    with pytest.raises(CheckpointError, match=r"no usable preprocessor_config\.json"):
+        LogMel.from_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"hop_length": "far"}))
+    with pytest.raises(CheckpointError, match=r"no usable preprocessor_config\.json"):
+        LogMel.from_pretrained(tmp_path)
+
+
+def test_no_recording_takes_no_frames():
+    assert SHORT.num_frames(0) == []
+    assert np.sum(SHORT.num_frames(10)) == 1
