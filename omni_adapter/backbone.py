@@ -10,10 +10,11 @@ import inspect
 import json
 import logging
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -528,9 +529,9 @@ def _check_behaviour(backbone: Backbone) -> None:
     ids = _probe_ids(backbone, steps=_PROBE_STEPS)
     embeddings = backbone.embed(ids)
     whole = _check_embeddings(backbone, ids, embeddings)
-    _check_causal(backbone, embeddings, whole)
+    pair, pair_whole = _check_causal(backbone, embeddings, whole)
     _find_position_offset(backbone, embeddings, whole)
-    _check_cache(backbone, embeddings, whole)
+    _check_cache(backbone, pair, pair_whole)
 
 
 def _check_embeddings(backbone: Backbone, ids: Tensor, embeddings: Tensor) -> BackboneOutput:
@@ -566,18 +567,26 @@ def _check_embeddings(backbone: Backbone, ids: Tensor, embeddings: Tensor) -> Ba
     return whole
 
 
-def _check_causal(backbone: Backbone, embeddings: Tensor, whole: BackboneOutput) -> None:
-    """A step must not see the steps after it, and must take an embedding that stands for no id."""
+def _check_causal(
+    backbone: Backbone, embeddings: Tensor, whole: BackboneOutput
+) -> tuple[Tensor, BackboneOutput]:
+    """A step must not see the steps after it, and must take an embedding that stands for no id.
+
+    Returns:
+        Two rows of embeddings, [2, S, D], of which the first differs from ``embeddings`` in its last step, and what
+        the LM makes of them.
+    """
     name = _name(backbone.lm)
     foreign = embeddings[:, :2].mean(dim=1, keepdim=True)
+    pair = torch.cat([torch.cat([embeddings[:, :-1], foreign], dim=1), embeddings.flip(1)])
     try:
-        other = backbone(torch.cat([embeddings[:, :-1], foreign], dim=1))
+        output = backbone(pair)
     except Exception as error:  # other people's code may raise anything
         raise BackboneError(
             f"{name} takes no embeddings but those of its own ids: {_first_line(error)}"
         ) from error
-    if _close(other.hidden[:, :-1], whole.hidden[:, :-1]):
-        return
+    if _close(output.hidden[:1, :-1], whole.hidden[:, :-1]):
+        return pair, output
     if getattr(backbone.lm.config, "is_decoder", True):
         raise BackboneError(f"{name} is bidirectional: steps see those after them; pass a causal LM")
     raise BackboneError(f"{name} is bidirectional: set is_decoder=True in its config")
@@ -760,40 +769,57 @@ def _is_container(value: Any) -> bool:
 
 
 def _lora_targets(backbone: Backbone) -> dict[str, nn.Module]:
-    """Linear layers that the text path runs through their own forward, by name."""
+    """Linear layers that LoRA can train, by name.
+
+    Those that the text path runs through their own forward, that a gradient reaches, and whose weight is theirs alone.
+    """
     modules = dict(backbone.lm.named_modules())
-    called: set[str] = set()
-    handles = [
-        module.register_forward_pre_hook(lambda module, inputs, name=name: called.add(name))
-        for name, module in modules.items()
-    ]
-    try:
-        with _quiet(backbone):
-            backbone(backbone.embed(_probe_ids(backbone, steps=_PROBE_STEPS)))
-    finally:
-        for handle in handles:
-            handle.remove()
+    linear = {name: module for name, module in modules.items() if isinstance(module, (nn.Linear, Conv1D))}
+    learning = _learning(backbone, modules)
+    owners = Counter(id(module.weight) for module in linear.values())
     head = backbone.lm.get_output_embeddings()
     return {
         name: module
-        for name, module in modules.items()
-        if isinstance(module, (nn.Linear, Conv1D))
-        and module is not head
-        and _is_used(name, modules, called)
+        for name, module in linear.items()
+        if module is not head
+        and owners[id(module.weight)] == 1
+        and _is_used(name, modules, learning)
         and not _weight_is_read(name, modules)
     }
 
 
-def _is_used(name: str, modules: Mapping[str, nn.Module], called: set[str]) -> bool:
-    """Whether a module was called, or is part of a list of which other members were (experts of a mixture)."""
+def _learning(backbone: Backbone, modules: Mapping[str, nn.Module]) -> set[str]:
+    """Names of the modules that a few tokens run through and whose output gets a gradient."""
+    outputs: dict[str, Tensor] = {}
+
+    def collect(module: nn.Module, inputs: Any, output: Any, *, name: str) -> None:
+        if isinstance(output, Tensor) and output.requires_grad:
+            outputs[name] = output
+
+    with ExitStack() as stack:
+        for name, module in modules.items():
+            handle = module.register_forward_hook(partial(collect, name=name))
+            stack.callback(handle.remove)
+        stack.enter_context(_quiet(backbone))
+        stack.enter_context(torch.enable_grad())
+        embeddings = backbone.embed(_probe_ids(backbone, steps=_PROBE_STEPS)).detach().requires_grad_()
+        logits = backbone(embeddings).logits
+        gradients = torch.autograd.grad(
+            logits.float().square().mean(), list(outputs.values()), allow_unused=True
+        )
+    return {name for name, gradient in zip(outputs, gradients, strict=True) if gradient is not None}
+
+
+def _is_used(name: str, modules: Mapping[str, nn.Module], learning: set[str]) -> bool:
+    """Whether a module learns, or belongs to a list of which other members do (experts of a mixture)."""
+    if name in learning:
+        return True
     parts = name.split(".")
     for length in range(len(parts), 0, -1):
         member, parent = ".".join(parts[:length]), ".".join(parts[: length - 1])
-        if member in called:
-            return length == len(parts)
         if isinstance(modules[parent], nn.ModuleList):
-            siblings = (f"{parent}.{key}" for key, _ in modules[parent].named_children())
-            return any(sibling in called for sibling in siblings)
+            siblings = {f"{parent}.{key}" for key, _ in modules[parent].named_children()}
+            return member not in learning and bool(siblings & learning)
     return False
 
 

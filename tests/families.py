@@ -46,7 +46,7 @@ SMALL: dict[str, Any] = {
     "num_experts_per_tok": 2, "num_experts_per_token": 2, "moe_k": 2, "n_group": 1, "topk_group": 1,
     "moe_topk": 2, "top_k_experts": 2,
     "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8,
-    "rotary_dim": 4, "index_n_heads": 2, "index_head_dim": 8, "index_topk": 8,
+    "rotary_dim": 4, "index_n_heads": 2, "index_head_dim": 8, "index_topk": 64,
     "sliding_window": 8, "first_k_dense_replace": 1, "initializer_range": 0.1, "init_std": 0.1,
     "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_d_ssm": 64,
     "mamba_chunk_size": 8, "chunk_size": 8, "state_size": 8, "mamba_dt_rank": 4, "time_step_rank": 4,
@@ -100,7 +100,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     },
     "dbrx": {"attn_config": {"kv_n_heads": 2, "rope_theta": 10_000.0, "clip_qkv": 8.0}, "ffn_config": {"hidden_size": WIDTH, "ffn_hidden_size": 2 * WIDTH}},
     "dots3_note": {
-        "text_config": _DOTS3, "vision_config": {"adapter_in_dim": WIDTH}, "audio_config": {"adapter_input_size": WIDTH},
+        "text_config": _DOTS3, "vision_config": {"adapter_in_dim": WIDTH, "adapter_out_dim": WIDTH}, "audio_config": {"adapter_input_size": WIDTH, "adapter_out_dim": WIDTH},
     },
     "dots3_note_text": _DOTS3,
     "gemma3n_text": _PER_LAYER_INPUTS | {"num_kv_shared_layers": 0, "laurel_rank": 8},
@@ -118,6 +118,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "longcat_flash": {"head_dim": 8, "zero_expert_num": 1},
     "mamba2": {"num_heads": 4, "head_dim": 16, "n_groups": 1},
     "mpt": {"attn_config": {"attn_pdrop": 0}},
+    "moshi": {"sliding_window": 256},  # its full pass heeds no window, its cache does
     "nemotron_h": {"mamba_num_heads": 4, "mamba_head_dim": 16, "ssm_state_size": 8, "n_groups": 1},
     "qwen3_5": {"text_config": _LINEAR_ATTENTION},
     "qwen3_5_moe": {"text_config": _LINEAR_ATTENTION},
