@@ -81,6 +81,10 @@ class CodecSpec:
         return self.sampling_rate / self.samples_per_frame
 
 
+SNAC_24KHZ = CodecSpec(sampling_rate=24_000, hop_length=512, level_strides=(4, 2, 1), codebook_size=4096)
+"""Geometry of the published SNAC for 24 kHz, the codec of the paper."""
+
+
 @dataclass(frozen=True, config=_STRICT)
 class AudioAdapterConfig:
     """The SwiGLU that takes encoder frames to the LM's width (Mini-Omni's ``llamamlp`` adapter).

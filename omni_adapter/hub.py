@@ -15,7 +15,7 @@ from typing import Any
 from huggingface_hub import HfApi, ModelCard, ModelCardData, snapshot_download
 from huggingface_hub.errors import HFValidationError
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from omni_adapter.audio.codec import Codec, SnacCodec
 from omni_adapter.config import FORMAT_VERSION, OmniConfig, PartRef, dump, parse
@@ -100,6 +100,24 @@ def load_base(
         except (OSError, ValueError) as error:
             raise BackboneError(f"{name} has no tokenizer that transformers can load: {error}") from error
     return lm, tokenizer, PartRef(name, revision=getattr(lm.config, "_commit_hash", None))
+
+
+def read_lm_config(name: str, *, options: HubOptions) -> PreTrainedConfig:
+    """Return the config of a causal LM; code of others is never run.
+
+    Raises:
+        BackboneError: if there is no config, or it is not that of a causal LM.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name, **options.arguments())
+    except (OSError, ValueError) as error:
+        raise BackboneError(f"{name} cannot be loaded as a causal LM: {error}") from error
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise BackboneError(
+            f"{name} is a {type(config).__name__}, which has no causal LM in transformers; pass a decoder"
+        )
+    assert isinstance(config, PreTrainedConfig)
+    return config
 
 
 def load_encoder(encoder: Any, *, options: HubOptions) -> tuple[AudioEncoder, PartRef]:
@@ -347,18 +365,12 @@ print(reply.text)  # reply.audio: float32 samples at reply.sampling_rate
 
 def _load_lm(name: str, options: HubOptions, lm_arguments: Mapping[str, Any]) -> PreTrainedModel:
     """Load a causal LM from safetensors; code and pickles of others are never run."""
+    read_lm_config(name, options=options)
     try:
-        config = AutoConfig.from_pretrained(name, **options.arguments())
-        if type(config) not in AutoModelForCausalLM._model_mapping:
-            raise BackboneError(
-                f"{name} is a {type(config).__name__}, which has no causal LM in transformers; pass a decoder"
-            )
         lm = AutoModelForCausalLM.from_pretrained(
             name, use_safetensors=True, **options.arguments(), **lm_arguments
         )
     except (OSError, ValueError) as error:
-        if isinstance(error, BackboneError):
-            raise
         raise BackboneError(f"{name} cannot be loaded as a causal LM: {error}") from error
     assert isinstance(lm, PreTrainedModel)
     return lm

@@ -134,6 +134,16 @@ class SnacConfig:
     noise: bool = True
     depthwise: bool = True
 
+    @property
+    def spec(self) -> CodecSpec:
+        """Geometry of the codec."""
+        return CodecSpec(
+            sampling_rate=self.sampling_rate,
+            hop_length=math.prod(self.encoder_rates),
+            level_strides=tuple(self.vq_strides),
+            codebook_size=self.codebook_size,
+        )
+
 
 class SnacCodec(nn.Module):
     """SNAC as a :class:`Codec`: always frozen and in evaluation mode, weight norms folded into the weights.
@@ -155,12 +165,7 @@ class SnacCodec(nn.Module):
         super().__init__()
         self.config = config
         self.model = _build(config, state)
-        self.spec = CodecSpec(
-            sampling_rate=config.sampling_rate,
-            hop_length=math.prod(config.encoder_rates),
-            level_strides=tuple(config.vq_strides),
-            codebook_size=config.codebook_size,
-        )
+        self.spec = config.spec
         self.context_samples = _context_samples(self.model.decoder, self.spec)
         self._noise_rates = _noise_rates(self.model.decoder, self.spec)
 
@@ -194,10 +199,7 @@ class SnacCodec(nn.Module):
             CheckpointError: if files are missing or broken, or weights do not fit the config.
         """
         source = _Source(str(id_or_folder), revision, token, cache_dir, local_files_only)
-        config_path = source.find(CONFIG_FILE)
-        if config_path is None:
-            raise CheckpointError(f"{id_or_folder} is no codec: it has no {CONFIG_FILE}")
-        config = _read_config(config_path)
+        config = _read_config(source)
         state, path = _read_weights(source)
         try:
             return cls(config, state)
@@ -636,7 +638,26 @@ class _Source:
         return Path(found)
 
 
-def _read_config(path: Path) -> SnacConfig:
+def read_snac_config(
+    id_or_folder: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> SnacConfig:
+    """Read the settings of a SNAC without its weights; arguments are those of ``from_pretrained``.
+
+    Raises:
+        CheckpointError: if there are none, or they are broken.
+    """
+    return _read_config(_Source(str(id_or_folder), revision, token, cache_dir, local_files_only))
+
+
+def _read_config(source: _Source) -> SnacConfig:
+    path = source.find(CONFIG_FILE)
+    if path is None:
+        raise CheckpointError(f"{source.place} is no codec: it has no {CONFIG_FILE}")
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
