@@ -4,7 +4,6 @@ A path in, a dict of tensors out. What a file claims is checked against what is 
 allocated. Knows nothing of models: the caller says which names and shapes it expects.
 """
 
-import pickle
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -62,16 +61,15 @@ def read_torch_file(path: Path) -> Any:
         CheckpointError: if the file is malformed or compressed, or holds anything else.
     """
     try:
-        if not zipfile.is_zipfile(path):
-            raise CheckpointError(f"{path} is not a file of torch.save (format of torch >= 1.6)")
-        with zipfile.ZipFile(path) as archive:
-            # torch stores without compression; a file that inflates is not one of its own.
-            if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
-                raise CheckpointError(
-                    f"{path} is a compressed archive, which torch.save never writes; not read"
-                )
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                # torch stores without compression; a file that inflates is not one of its own.
+                if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+                    raise CheckpointError(f"{path} is compressed, which torch.save never does; not read")
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+    except CheckpointError:
+        raise
+    except Exception as error:  # torch's unpickler raises whatever a broken file leads it into
         raise CheckpointError(
             f"{path} cannot be read with weights_only=True, as files of others must be: {error}"
         ) from error
