@@ -7,6 +7,9 @@ OmniError
 ├── BackboneError             a language model lacks something that wrapping needs       (ValueError)
 ├── PromptError               messages, task or chat template do not fit together        (ValueError)
 │   └── ContextOverflowError  prompt and reply do not fit into the base's positions
+├── DataError                 a data set cannot be used, or too much of it is bad        (ValueError)
+│   └── RowError              one row cannot serve its task; `.reason` is a stable code
+├── TrainingError             a run must stop: no step is sound, or memory ran out       (RuntimeError)
 ├── CheckpointError           a saved folder is broken or does not fit its base          (ValueError)
 └── MissingDependencyError    an optional package is not installed                       (ImportError)
 """
@@ -46,6 +49,26 @@ class PromptError(OmniError, ValueError):
 
 class ContextOverflowError(PromptError):
     """Prompt and reply do not fit into the positions that the base LM knows."""
+
+
+class DataError(OmniError, ValueError):
+    """A data set cannot be used: columns are missing, files are unreadable, or too many rows are bad."""
+
+
+class RowError(DataError):
+    """One row of a data set cannot serve its task.
+
+    Attributes:
+        reason: stable code of the cause, such as ``"no_text_out"``; safe to count and compare.
+    """
+
+    def __init__(self, message: str, *, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class TrainingError(OmniError, RuntimeError):
+    """A training run must stop: its steps are not sound, or its batches do not fit into memory."""
 
 
 class CheckpointError(OmniError, ValueError):

@@ -16,12 +16,16 @@ from omni_adapter.audio.features import Features
 from omni_adapter.data.layout import GridRules, Layout
 from omni_adapter.vocab import IGNORE_INDEX
 
+PADDING = -1
+"""Segment of a packed row's steps that hold no sample."""
+
 
 class Sample(NamedTuple):
     """One prompt, with or without its answer, and the recordings in it."""
 
     layout: Layout
     recordings: tuple[Sequence[Features], ...] = ()
+    id: str = ""
 
 
 class ClipPlace(NamedTuple):
@@ -43,6 +47,9 @@ class Batch:
         position_ids: int64 [B, S], counted over the true steps.
         places: where each recording goes, in the order of ``clips``.
         clips: the recordings, None if there are none.
+        segments: number of the sample that each step belongs to, int64 [B, S], -1 at padding; None if every
+            row holds one sample.
+        ids: names of the samples, row by row.
     """
 
     grid: Tensor
@@ -51,11 +58,20 @@ class Batch:
     position_ids: Tensor
     places: tuple[ClipPlace, ...] = ()
     clips: Clips | None = None
+    segments: Tensor | None = None
+    ids: tuple[str, ...] = ()
 
     @property
     def is_padded(self) -> bool:
         """Whether any row is shorter than the longest."""
         return not bool(self.attention_mask.all())
+
+    @property
+    def model_mask(self) -> Tensor | None:
+        """The model's ``attention_mask``: None, [B, S] where rows are padded, [B, 1, S, S] where packed."""
+        if self.segments is not None:
+            return segment_mask(self.segments)
+        return self.attention_mask if self.is_padded else None
 
     def to(self, device: torch.device | str) -> Self:
         """Return the same batch on ``device``."""
@@ -66,6 +82,8 @@ class Batch:
             self.position_ids.to(device),
             self.places,
             self.clips.to(device) if self.clips else None,
+            self.segments.to(device) if self.segments is not None else None,
+            self.ids,
         )
 
 
@@ -93,4 +111,21 @@ def collate(samples: Sequence[Sample], *, rules: GridRules, side: Literal["left"
         places.extend(ClipPlace(row, start + span.start, span.length) for span in layout.spans)
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
     recordings = [recording for sample in samples for recording in sample.recordings]
-    return Batch(grid, labels, mask, positions, tuple(places), Clips.of(recordings) if recordings else None)
+    clips = Clips.of(recordings) if recordings else None
+    ids = tuple(sample.id for sample in samples)
+    return Batch(grid, labels, mask, positions, tuple(places), clips, ids=ids)
+
+
+def segment_mask(segments: Tensor) -> Tensor:
+    """Return which step may see which: earlier ones of its own sample, bool [B, 1, S, S].
+
+    Args:
+        segments: sample of each step, ``PADDING`` where there is none, int64 [B, S]. A step of padding sees
+            itself, so that its softmax has something to stand on.
+    """
+    steps = segments.shape[1]
+    same = segments[:, :, None] == segments[:, None]
+    causal = torch.ones(steps, steps, dtype=torch.bool, device=segments.device).tril()
+    own = torch.eye(steps, dtype=torch.bool, device=segments.device)
+    visible = (same & causal & (segments != PADDING)[:, None]) | own  # [B, S, S]
+    return visible[:, None]
