@@ -16,9 +16,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import save_file
@@ -48,8 +49,13 @@ _LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_
 _REPLAY = ("embeddings", "attention_mask", "position_ids")
 """What is kept of an LM without a state of its own."""
 
+_ADAPTER = "default"
+Packing = Literal["positions", "mask"]
+"""What keeps samples in one row apart: positions that start anew, or a mask of which step sees which."""
+
 _PROBE_STEPS = 6
 _RMS_SAMPLES = 1024
+_LARGE_LOGIT = 1e3  # where caps show
 _TOLERANCE = 1e-4  # of the largest value, for float32 and wider
 _TOLERANCE_HALF = 2e-2  # the same for the half-precision types
 _CACHE_SLACK = 10.0  # how much further a cached step may be off: it adds up in another order
@@ -176,6 +182,50 @@ class Backbone(nn.Module):
         with _quiet(self):
             return _padding_is_exact(self)
 
+    @property
+    def is_quantized(self) -> bool:
+        """Whether weights of the LM are stored in less than 16 bits, so that they cannot learn."""
+        if getattr(self.lm, "hf_quantizer", None) is not None:
+            return True
+        return any(not parameter.is_floating_point() for parameter in self.lm.parameters())
+
+    @cached_property
+    def packing(self) -> Packing | None:
+        """How several samples in one row can be kept apart, None if they cannot; tried when first asked."""
+        with _quiet(self):
+            return _find_packing(self)
+
+    @property
+    def linear_head(self) -> nn.Linear | None:
+        """The LM's head if its logits are nothing but this matrix times the hidden state, else None."""
+        head: Any = self.lm.get_output_embeddings()  # type: ignore[no-untyped-call]
+        if (
+            type(head) is not nn.Linear or getattr(head, "bias", None) is not None
+        ):  # no subclass: LoRA, quantised
+            return None
+        return head if self._head_is_linear else None
+
+    @cached_property
+    def projects(self) -> bool:
+        """Whether ``project`` gives the LM's logits; tried when first asked."""
+        same = False
+        with _quiet(self), _tolerated():
+            whole = self(self.embed(_probe_ids(self, steps=_PROBE_STEPS)))
+            same = _close(self.project(whole.hidden), whole.logits)
+        return same
+
+    @cached_property
+    def _head_is_linear(self) -> bool:
+        """Whether logits, large ones too, are those of the head alone: neither scaled nor capped."""
+        with _quiet(self):
+            return self.projects and _head_is_linear(self)
+
+    @cached_property
+    def _body(self) -> tuple[nn.Module, type[Any]]:
+        """The module whose last hidden state enters the head, and the class of its output."""
+        with _quiet(self):
+            return _find_body(self)
+
     @cached_property
     def _chunks_are_exact(self) -> bool:
         """Whether several steps at once after a cache come out as they do one by one."""
@@ -209,7 +259,7 @@ class Backbone(nn.Module):
         Args:
             embeddings: [B, S, D].
             attention_mask: 1 for steps and 0 for padding, which belongs on the left, [B, past + S]; None if nothing
-                is padded.
+                is padded; or, where rows hold several samples, which step sees which, bool [B, 1, S, S].
             position_ids: position of each step, from 0, [B, S]; derived from the mask if None; dropped where the LM
                 takes none.
             cache: what the last call returned; it is consumed.
@@ -217,11 +267,29 @@ class Backbone(nn.Module):
             logits_to_keep: compute the logits of the last so many steps; 0 for all.
         """
         steps = _Steps(embeddings, attention_mask, position_ids)
+        if attention_mask is not None and attention_mask.dim() > 2:
+            return self._run(self._kept_apart(steps), None, use_cache=False, logits_to_keep=logits_to_keep)
         if self.replays:
             return self._run_again(steps, cache, use_cache, logits_to_keep)
         if cache is not None and embeddings.shape[1] > 1 and not self._chunks_are_exact:
             return self._run_one_by_one(steps, cache, logits_to_keep)
         return self._run(steps, cache, use_cache, logits_to_keep)
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """Return the LM's own logits of states that enter its head, with its own scales, caps and biases.
+
+        Args:
+            hidden: states as ``forward`` returns them, [B, S, hidden width].
+
+        Returns:
+            Logits, [B, S, V]; they are the LM's only if ``projects``.
+        """
+        body, output = self._body
+        flags = {"use_cache": False, "return_dict": True}
+        arguments = {name: value for name, value in flags.items() if name in self.accepts}
+        with _answering(body, output(last_hidden_state=hidden)):
+            logits: Tensor = self.lm(inputs_embeds=hidden, **arguments)["logits"]
+        return logits
 
     def select_rows(self, cache: BackboneCache, indices: Tensor) -> BackboneCache:
         """Gather rows of a cache: repeat, reorder or drop them.
@@ -243,6 +311,7 @@ class Backbone(nn.Module):
         alpha: float | None = None,
         dropout: float = 0.0,
         targets: str | Sequence[str] = "all-linear",
+        use_dora: bool = False,
     ) -> tuple[str, ...]:
         """Add LoRA to the LM's linear layers.
 
@@ -251,6 +320,7 @@ class Backbone(nn.Module):
             alpha: scale times rank; None for twice the rank.
             dropout: dropout before each update.
             targets: names of modules, or ``all-linear`` for every linear layer that the text path runs.
+            use_dora: learn the length of each weight vector apart from its direction (DoRA).
 
         Returns:
             Names of the modules that carry LoRA.
@@ -270,6 +340,7 @@ class Backbone(nn.Module):
             lora_dropout=dropout,
             target_modules=list(modules),
             fan_in_fan_out=transposed,
+            use_dora=use_dora,
         )
         self._attach_lora(config)
         logger.info("LoRA of rank %d on %d modules of %s", rank, len(modules), _name(self.lm))
@@ -281,7 +352,7 @@ class Backbone(nn.Module):
             raise BackboneError(
                 f"LoRA was added already, to {len(self.lora_targets)} modules of {_name(self.lm)}"
             )
-        self._peft = (get_peft_model(self.lm, config),)  # type: ignore[assignment]
+        self._peft = (get_peft_model(self.lm, config, adapter_name=_ADAPTER),)  # type: ignore[assignment]
         self.lora_targets = tuple(sorted(config.target_modules or ()))
 
     @contextmanager
@@ -296,8 +367,8 @@ class Backbone(nn.Module):
             parameter.requires_grad_(flag)
 
     def lora_state_dict(self) -> dict[str, Tensor]:
-        """Return the LoRA weights, empty without LoRA."""
-        return dict(get_peft_model_state_dict(self._peft[0])) if self._peft else {}
+        """Return the LoRA weights by name, empty without LoRA. They are the live ones, not copies."""
+        return {name: weight.detach() for name, weight in self._lora_parameters().items()}
 
     def load_lora_state_dict(self, weights: Mapping[str, Tensor]) -> None:
         """Load what ``lora_state_dict`` returned, into LoRA added with the same settings.
@@ -305,36 +376,50 @@ class Backbone(nn.Module):
         Raises:
             BackboneError: if names or shapes differ.
         """
-        own = {name: weight.shape for name, weight in self.lora_state_dict().items()}
-        given = {name: weight.shape for name, weight in weights.items()}
-        if own != given:
-            differing = sorted(set(own.items()) ^ set(given.items()))
-            raise BackboneError(f"LoRA weights do not fit those of {_name(self.lm)}: {differing[:4]} ...")
-        if self._peft:
-            set_peft_model_state_dict(self._peft[0], dict(weights))
+        own = self._lora_parameters()
+        wrong = [name for name in own if name not in weights or weights[name].shape != own[name].shape]
+        wrong += [name for name in weights if name not in own]
+        if wrong:
+            raise BackboneError(
+                f"{len(wrong)} LoRA weights do not fit {_name(self.lm)}, the first is {wrong[0]}: "
+                f"expected {_shape(own.get(wrong[0]))}, got {_shape(weights.get(wrong[0]))}; add LoRA of the same rank "
+                f"to the same modules first"
+            )
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(weights[name])
+
+    def _lora_parameters(self) -> dict[str, nn.Parameter]:
+        """LoRA's parameters, under names without that of PEFT's adapter."""
+        infix = f".{_ADAPTER}."
+        marked = ((name, parameter) for name, parameter in self.lm.named_parameters() if "lora_" in name)
+        return {name.replace(infix, "."): parameter for name, parameter in marked if infix in name}
 
     def save_lora(self, folder: Path) -> None:
         """Write LoRA as PEFT does, so that PEFT alone can put it onto the base as well."""
         folder.mkdir(parents=True, exist_ok=True)
-        weights = {
-            name: tensor.detach().cpu().contiguous() for name, tensor in self.lora_state_dict().items()
-        }
-        save_file(weights, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         for peft in self._peft:
-            peft.peft_config["default"].save_pretrained(str(folder))
+            saved = get_peft_model_state_dict(peft, adapter_name=_ADAPTER)
+            weights = {name: weight.detach().cpu().contiguous() for name, weight in saved.items()}
+            save_file(weights, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+            peft.peft_config[_ADAPTER].save_pretrained(str(folder))
 
     def load_lora(self, folder: Path) -> None:
-        """Add the LoRA that ``save_lora`` wrote.
+        """Add the LoRA that ``save_lora`` or PEFT wrote.
 
         Raises:
-            BackboneError: if its tensors do not fit this LM, or LoRA was added before.
-            CheckpointError: if its file is broken.
+            BackboneError: if it is no LoRA, or LoRA was added before.
+            CheckpointError: if its file is broken or its tensors do not fit this LM.
         """
         config = PeftConfig.from_pretrained(str(folder))
         if not isinstance(config, LoraConfig):
             raise BackboneError(f"{folder} holds {config.peft_type}; LoRA was expected")
         self._attach_lora(config)
-        self.load_lora_state_dict(read_safetensors(folder / SAFETENSORS_WEIGHTS_NAME))
+        (peft,) = self._peft
+        own = get_peft_model_state_dict(peft, adapter_name=_ADAPTER)
+        expected = {name: tuple(weight.shape) for name, weight in own.items()}
+        weights = read_safetensors(folder / SAFETENSORS_WEIGHTS_NAME, expected=expected)
+        set_peft_model_state_dict(peft, weights, adapter_name=_ADAPTER)
 
     def drop_lora(self) -> None:
         """Take LoRA off again and leave the base's weights as they were."""
@@ -359,7 +444,8 @@ class Backbone(nn.Module):
         """One pass of the LM's own forward."""
         past = 0 if cache is None else cache.steps
         rows, count = steps.embeddings.shape[:2]
-        arguments = self._arguments(steps, past, use_cache=use_cache, logits_to_keep=logits_to_keep)
+        reads_or_writes = use_cache or cache is not None  # some LMs heed no cache that they are not to write
+        arguments = self._arguments(steps, past, use_cache=reads_or_writes, logits_to_keep=logits_to_keep)
         arguments |= {} if cache is None else cache.states
         with _captured_hidden(self.lm) as captured:
             # A copy, since some LMs scale their input in place.
@@ -377,6 +463,26 @@ class Backbone(nn.Module):
                 zip(_REPLAY, (steps.embeddings, steps.attention_mask, steps.position_ids), strict=True)
             )
         return BackboneOutput(logits, captured[-1], BackboneCache(states, rows, past + count))
+
+    def _kept_apart(self, steps: _Steps) -> _Steps:
+        """Steps of packed samples in the way in which this LM keeps them apart.
+
+        Raises:
+            BackboneError: if it does not, or not over so many steps.
+        """
+        packing, length = self.packing, steps.embeddings.shape[1]
+        if packing is None:
+            raise BackboneError(
+                f"{_name(self.lm)} cannot keep samples in one row apart; train it without packing, or load it "
+                'with attn_implementation="sdpa"'
+            )
+        window = getattr(self.lm.config.get_text_config(), "sliding_window", None)
+        if packing == "mask" and isinstance(window, int) and length > window:
+            raise BackboneError(
+                f"packed rows of {_name(self.lm)} must be no longer than its attention window of {window} steps, "
+                f"got {length}; train it without packing"
+            )
+        return _apart(steps, packing)
 
     def _arguments(self, steps: _Steps, past: int, *, use_cache: bool, logits_to_keep: int) -> dict[str, Any]:
         """What the LM's forward takes besides embeddings and cache."""
@@ -477,6 +583,11 @@ def _bodies(lm: PreTrainedModel) -> list[nn.Module]:
 def _name(lm: object) -> str:
     """Name of a model's class, for messages."""
     return type(lm).__name__
+
+
+def _shape(weight: Tensor | None) -> str:
+    """Shape of a weight that may be missing, for messages."""
+    return "none" if weight is None else str(list(weight.shape))
 
 
 @contextmanager
@@ -646,6 +757,74 @@ def _padding_is_exact(backbone: Backbone) -> bool:
                 return False
         return True
     return False
+
+
+def _apart(steps: _Steps, packing: Packing) -> _Steps:
+    """Packed steps with a mask [B, 1, S, S] as an LM takes them: positions alone, or with a mask to add."""
+    if packing == "positions" or steps.attention_mask is None:
+        return _Steps(steps.embeddings, None, steps.position_ids)
+    dtype = steps.embeddings.dtype
+    hidden_from = torch.zeros_like(steps.attention_mask, dtype=dtype).masked_fill(
+        ~steps.attention_mask.bool(), torch.finfo(dtype).min
+    )
+    return _Steps(steps.embeddings, hidden_from, steps.position_ids)
+
+
+def _find_packing(backbone: Backbone) -> Packing | None:
+    """Compare two samples in one row with the same samples alone; two rows, as some kernels know only one."""
+    half = _PROBE_STEPS // 2
+    row = backbone.embed(_probe_ids(backbone, steps=_PROBE_STEPS)).repeat(2, 1, 1)
+    alone = torch.cat([backbone(row[:, :half]).hidden, backbone(row[:, half:]).hidden], dim=1)
+    steps = torch.arange(_PROBE_STEPS, device=row.device)
+    visible = (steps[:, None] >= steps) & (steps[:, None] // half == steps // half)
+    packed = _Steps(row, visible.expand(2, 1, -1, -1), (steps % half).expand(2, -1))
+    ways: tuple[Packing, ...] = ("positions", "mask")
+    found: list[Packing] = []
+    for way in ways:
+        with _tolerated():
+            output = backbone._run(_apart(packed, way), None, use_cache=False, logits_to_keep=0)
+            found += [way] if _close(output.hidden, alone) else []
+    return found[0] if found else None
+
+
+def _head_is_linear(backbone: Backbone) -> bool:
+    """Compare the LM's logits with those of its head alone, as they come and where they are large."""
+    head: Any = backbone.lm.get_output_embeddings()  # type: ignore[no-untyped-call]
+    hidden = backbone(backbone.embed(_probe_ids(backbone, steps=_PROBE_STEPS))).hidden
+    scale = _LARGE_LOGIT / float(F.linear(hidden, head.weight).abs().max())
+    return all(
+        _close(backbone.project(states), F.linear(states, head.weight)) for states in (hidden, scale * hidden)
+    )
+
+
+def _find_body(backbone: Backbone) -> tuple[nn.Module, type[Any]]:
+    """Run a step and see which module's last hidden state enters the head."""
+    found: list[tuple[nn.Module, type[Any]]] = []
+
+    def note(module: nn.Module, inputs: Any, output: Any) -> None:
+        if hasattr(output, "last_hidden_state"):
+            found.append((module, type(output)))
+
+    handles = [body.register_forward_hook(note) for body in _bodies(backbone.lm)]
+    try:
+        backbone(backbone.embed(_probe_ids(backbone)))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found[-1]
+
+
+@contextmanager
+def _answering(module: nn.Module, answer: Any) -> Iterator[None]:
+    """Let a module answer ``answer`` to every call inside, hooks included."""
+    own = vars(module).get("forward")
+    module.forward = lambda *args, **kwargs: answer
+    try:
+        yield
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own
 
 
 def _chunks_are_exact(backbone: Backbone) -> bool:

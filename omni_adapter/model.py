@@ -123,8 +123,8 @@ class OmniModel(nn.Module):
 
     def hear(self, clips: Clips) -> list[Tensor]:
         """Return the embeddings of each recording, [A, D] each."""
-        features = clips.features.to(next(self.audio_encoder.parameters()).dtype)
-        frames, lengths = self.audio_encoder(features, clips.lengths)  # [W, A', E], [W]
+        padding = self.config.encoder_padding
+        frames, lengths = self.audio_encoder(clips.features, clips.lengths, padding=padding)  # [W, A', E], [W]
         windows = [window[:length] for window, length in zip(frames, lengths.tolist(), strict=True)]
         heard, first = [], 0
         for count in clips.windows:

@@ -210,7 +210,7 @@ class Decoder:
                 return
             self.advance(state)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def prefill(self, batch: Batch, *, given: list[tuple[int, ...]] | None = None) -> DecodingState:
         """Read the prompts and return the state before the first step.
 
@@ -244,7 +244,7 @@ class Decoder:
         self._read(state, self.model.embed(last), state.attention_mask, last_positions)
         return state
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def choose(self, state: DecodingState) -> Step:
         """Choose the ids of the next step and write them into the state."""
         uniform = self._draw(state)
@@ -262,7 +262,7 @@ class Decoder:
         chosen = torch.tensor(alive, device=state.text.device)
         return Step(tuple(alive), state.text[chosen], state.codes[chosen], finished)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def advance(self, state: DecodingState) -> None:
         """Feed the chosen ids to the model, so that the next step can be chosen."""
         owners = torch.tensor([row.conversation for row in state.rows], device=state.text.device)
@@ -359,7 +359,7 @@ class Decoder:
                 reasons.append("context" if by_context[index] else "length")
         return tuple(reasons)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _drop_finished(self, state: DecodingState, step: Step) -> None:
         """Drop rows that have nothing more to say from the batch and the caches."""
         over = {c for c, reason in zip(step.conversations, step.finished, strict=True) if reason}

@@ -53,7 +53,8 @@ def test_speech_to_speech():
 
 
 @pytest.mark.parametrize(
-    ("task", "segments", "mark"), [("asr", HEARD, "R"), ("speech_to_text", HEARD, "."), ("text_to_text", READ, ".")]
+    ("task", "segments", "mark"),
+    [("asr", HEARD, "R"), ("speech_to_text", HEARD, "."), ("text_to_text", READ, ".")],
 )
 def test_text_answers_carry_no_codes(task, segments, mark):
     layout = lay_out(segments, task=task, rules=RULES, answer=Answer((1, 2)))
@@ -73,7 +74,9 @@ def test_tts_learns_codes_only():
 
 
 def test_text_longer_than_speech():
-    layout = lay_out(READ, task="text_to_speech", rules=RULES, answer=Answer((1, 2, 3, 4, 5, 6, 7), SPOKEN.codes))
+    layout = lay_out(
+        READ, task="text_to_speech", rules=RULES, answer=Answer((1, 2, 3, 4, 5, 6, 7), SPOKEN.codes)
+    )
     assert table(layout.grid)[0] == ". . A . 10 11 E . . . ."
     assert table(layout.grid)[3] == "5 6 7 1 2 3 4 5 6 7 9"
 
