@@ -1,10 +1,11 @@
 """Open one source of rows: parquet, JSON lines, audio folders, the Hub, streams.
 
 Source settings in, rows by number out. Everything is read through ``datasets`` but JSON lines, whose rows may
-differ in form. Recordings stay undecoded, and damaged parts of files are counted. Knows nothing of tasks'
+differ in form, and audio folders. Recordings stay undecoded, and damaged parts of files are counted. Knows nothing of tasks'
 mixtures, samples or models.
 """
 
+import csv
 import difflib
 import hashlib
 import json
@@ -151,6 +152,52 @@ class JsonLines:
             return self[index]
         except RowError:
             return None
+
+
+class AudioFolder:
+    """Recordings in a folder, with what ``metadata.jsonl`` or ``metadata.csv`` says of each ``file_name``.
+
+    Without such a file every recording below the folder is a row, named by its path. ``datasets`` cannot read
+    such folders without a decoder of its own.
+
+    Args:
+        folder: the folder.
+        files: its files.
+    """
+
+    lost_rows = 0
+
+    def __init__(self, folder: Path, files: Sequence[Path]) -> None:
+        self.name = str(folder)
+        self.root: Path | None = folder
+        self._files = tuple(files)
+        self._rows: Source | list[dict[str, Any]]
+        if folder / "metadata.jsonl" in files:
+            self._rows = JsonLines([folder / "metadata.jsonl"], name=str(folder / "metadata.jsonl"))
+            found: Sequence[str] = self._rows.columns
+        elif folder / "metadata.csv" in files:
+            with (folder / "metadata.csv").open(newline="", encoding="utf-8") as table:
+                self._rows = list(csv.DictReader(table))
+            found = list(self._rows[0]) if self._rows else []
+        else:
+            recordings = [file for file in files if _kind(file) == "audio"]
+            self._rows = [{"file_name": file.relative_to(folder).as_posix()} for file in recordings]
+            found = ["file_name"]
+        if "file_name" not in found:
+            raise DataError(f"the metadata of {folder} have no column file_name; found {', '.join(found)}")
+        self.columns = tuple(dict.fromkeys(("id", "audio", *(name for name in found if name != "file_name"))))
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        row = dict(self._rows[index])
+        file_name = row.pop("file_name", None)
+        return {"id": file_name, "audio": file_name, **row}
+
+    def fingerprint(self) -> str:
+        """Return a digest that changes when the data do."""
+        return _digest_files(self._files)
 
 
 class Table:
@@ -305,8 +352,7 @@ def _open(spec: SourceSpec, *, seed: int) -> Source | Stream:
     if (folder / "state.json").is_file() and "arrow" in kinds:
         return Table(_one_split(datasets.load_from_disk(spec.path), spec), name=spec.path, files=files)
     if "audio" in kinds and folder.is_dir():
-        dataset = _load("audiofolder", spec, data_dir=spec.path)
-        return Table(dataset, name=spec.path, root=folder, files=files)
+        return AudioFolder(folder, files)
     if "json" in kinds:
         return Stream(
             _load("json", spec, data_files=[str(file) for file in files]), name=spec.path, seed=shuffle_seed
@@ -392,7 +438,7 @@ def _parquet() -> Any:
 def _load(kind: str, spec: SourceSpec, **arguments: Any) -> Any:
     """``datasets.load_dataset`` with its many errors as one."""
     datasets = _datasets()
-    split = "train" if kind in ("parquet", "json", "audiofolder") else spec.split
+    split = "train" if kind in ("parquet", "json") else spec.split
     try:
         return datasets.load_dataset(kind, split=split, streaming=spec.streaming, **arguments)
     except Exception as error:  # builders raise whatever their formats do
