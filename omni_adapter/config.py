@@ -37,11 +37,15 @@ class PartRef:
         revision: commit of the Hub repository that was used, if known.
         fingerprint: facts of the part's config and tokenizer that must be the same when the checkpoint is
             loaded.
+        origin: where a part inside the checkpoint came from, if known: its ``id`` before it was saved there.
+        license: licence that the part's own card states.
     """
 
     id: str
     revision: str | None = None
     fingerprint: dict[str, Any] = field(default_factory=dict)
+    origin: str | None = None
+    license: str | None = None
 
 
 @dataclass(frozen=True, config=_STRICT)

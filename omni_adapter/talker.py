@@ -26,7 +26,8 @@ from omni_adapter.data.processor import Message, OmniProcessor, find_text_end_id
 from omni_adapter.errors import ConfigError, PromptError
 from omni_adapter.generation.generator import Decoder, GenerationSettings
 from omni_adapter.generation.streaming import Chunk, Rendering, Reply, stream_chunks
-from omni_adapter.model import OmniModel
+from omni_adapter.model import ADDED_GROUPS, OmniModel
+from omni_adapter.model_card import CardFacts, write_model_card
 
 logger = logging.getLogger(__name__)
 
@@ -159,10 +160,17 @@ class OmniAdapter:
                 talker was made with; the message names both values.
         """
         options = hub_options or hub.HubOptions()
-        folder = hub.fetch_folder(name, options=options, subfolder=subfolder)
+        given = {"base": base, "encoder": encoder, "codec": codec}
+        folder = hub.fetch_folder(
+            name,
+            options=options,
+            subfolder=subfolder,
+            without=[part for part, value in given.items() if value is not None],
+        )
         config = hub.read_config(folder)
+        trusted = Path(name).is_dir()
         lm, tokenizer, _ = hub.load_base(
-            base if base is not None else hub.part_location(config.base, folder),
+            base if base is not None else hub.part_location(config.base, folder, trusted=trusted),
             tokenizer=tokenizer,
             options=replace(options, revision=config.base.revision if base is None else None),
             lm_arguments=lm_arguments or {},
@@ -170,15 +178,16 @@ class OmniAdapter:
         backbone = Backbone(lm)
         hub.check_fingerprint("base", config.base, _base_fingerprint(backbone, tokenizer))
         audio_encoder, _ = hub.load_encoder(
-            encoder if encoder is not None else hub.part_location(config.encoder, folder),
+            encoder if encoder is not None else hub.part_location(config.encoder, folder, trusted=trusted),
             options=replace(options, revision=config.encoder.revision if encoder is None else None),
         )
         hub.check_fingerprint("encoder", config.encoder, audio_encoder.fingerprint())
         loaded_codec, _ = hub.load_codec(
-            codec if codec is not None else hub.part_location(config.codec, folder),
+            codec if codec is not None else hub.part_location(config.codec, folder, trusted=trusted),
             options=replace(options, revision=config.codec.revision if codec is None else None),
         )
         hub.check_fingerprint("codec", config.codec, loaded_codec.fingerprint())
+        hub.check_geometry(config, vocab_size=backbone.vocab_size, encoder=audio_encoder, codec=loaded_codec)
         model = OmniModel(backbone, audio_encoder, config=config)
         hub.load_added(folder, model)
         _place_added(model)
@@ -317,38 +326,72 @@ class OmniAdapter:
         return self.chat_many([_conversation(text=text)], task="tts", **options)[0]
 
     def save_pretrained(
-        self, folder: str | Path, *, include: Collection[str] = (), name: str | None = None
+        self,
+        folder: str | Path,
+        *,
+        include: Collection[str] = (),
+        name: str | None = None,
+        evaluation: Mapping[str, float] | None = None,
+        samples: Sequence[str | Path] = (),
+        datasets: Mapping[str, str] | None = None,
     ) -> None:
         """Write what was added: safetensors, JSON and a model card.
+
+        A talker that was saved there before is replaced in one go: interrupted at any moment, the folder
+        holds the one or the other. Files of others stay.
 
         Args:
             folder: made if missing.
             include: whole parts to save beside it: ``base``, ``encoder``, ``codec``; others are referred to
-                by id.
+                by id. Parts that were loaded from inside a talker's folder are always saved along.
             name: name for the model card; None takes the folder's.
+            evaluation: figures for the model card, by name.
+            samples: recordings for the model card.
+            datasets: what it was trained on, for the model card: Hub id or name, and the licence of each.
 
         Raises:
             CheckpointError: if a part has no name to refer to and is not included.
         """
-        self._save(Path(folder), include=include, name=name, merged=False)
+        folder = Path(folder)
+        facts = CardFacts(
+            name or folder.resolve().name,
+            self._num_added(),
+            evaluation=evaluation or {},
+            samples=samples,
+            datasets=datasets or {},
+        )
+        self._save(folder, include=include, facts=facts, merged=False)
 
     def merge_and_save(self, folder: str | Path, *, name: str | None = None) -> None:
         """Write the whole talker into one folder: base with LoRA merged, encoder, codec, added weights."""
-        self._save(Path(folder), include=hub.PARTS, name=name, merged=True)
+        facts = CardFacts(name or Path(folder).resolve().name, self._num_added())
+        self._save(Path(folder), include=hub.PARTS, facts=facts, merged=True)
 
     def push_to_hub(
         self,
         repo_id: str,
         *,
-        include: Collection[str] = (),
         private: bool | None = None,
         token: str | None = None,
         revision: str | None = None,
         commit_message: str = "Upload talker",
+        **saving: Any,
     ) -> str:
-        """Upload what :meth:`save_pretrained` writes as one commit; returns the commit's address."""
+        """Upload what :meth:`save_pretrained` writes as one commit; returns the commit's address.
+
+        Args:
+            repo_id: repository on the Hub, made if missing.
+            private: whether to make it private; None takes the account's default.
+            token: access token; None for the one that was logged in with.
+            revision: branch, made if missing.
+            commit_message: first line of the commit.
+            **saving: other arguments of :meth:`save_pretrained`, such as ``include`` and ``evaluation``.
+
+        Raises:
+            CheckpointError: if the Hub refuses or the connection breaks; the repository is then as it was.
+        """
         with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, include=include, name=repo_id)
+            self.save_pretrained(folder, **{"name": repo_id, **saving})
             return hub.push_folder(
                 Path(folder),
                 repo_id,
@@ -358,20 +401,25 @@ class OmniAdapter:
                 revision=revision,
             )
 
-    def _save(self, folder: Path, *, include: Collection[str], name: str | None, merged: bool) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        config = hub.save_parts(
-            folder,
-            include,
-            config=self.config,
-            lm=hub.plain_lm(self.model, merged=merged) if "base" in include else self.model.backbone.lm,
-            tokenizer=self.tokenizer,
-            encoder=self.model.audio_encoder,
-            codec=self.codec,
-        )
-        hub.save_added(folder, self.model, config=config, with_lora=not merged)
-        self.processor.save_pretrained(folder)
-        hub.write_model_card(folder, config=config, name=name or folder.resolve().name)
+    def _num_added(self) -> int:
+        groups = self.model.groups()
+        return sum(weight.numel() for group in (*ADDED_GROUPS, "lora") for weight in groups[group].values())
+
+    def _save(self, folder: Path, *, include: Collection[str], facts: CardFacts, merged: bool) -> None:
+        inside = hub.parts_inside(self.config, include)
+        with hub.replacing(folder) as staging:
+            config = hub.save_parts(
+                staging,
+                inside,
+                config=self.config,
+                lm=hub.plain_lm(self.model, merged=merged) if "base" in inside else self.model.backbone.lm,
+                tokenizer=self.tokenizer,
+                encoder=self.model.audio_encoder,
+                codec=self.codec,
+            )
+            hub.save_added(staging, self.model, config=config, with_lora=not merged)
+            self.processor.save_pretrained(staging)
+            write_model_card(staging, config=config, facts=facts)
 
 
 def _settings(settings: GenerationSettings | None, options: Mapping[str, Any]) -> GenerationSettings:

@@ -70,6 +70,12 @@ class Codec(Protocol):
     def decode_chunk(self, codes: Tensor, state: Any, *, last: bool = False) -> Tensor:
         """Decode the next codes [B, K, n] into the samples [B, m] that can no longer change."""
 
+    def fingerprint(self) -> dict[str, Any]:
+        """Facts, as JSON values, by which the codec is recognised when a talker is loaded."""
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the codec into a folder."""
+
 
 @dataclass
 class DecoderState:
