@@ -1,8 +1,8 @@
 """Open one source of rows: parquet, JSON lines, audio folders, the Hub, streams.
 
 Source settings in, rows by number out. Everything is read through ``datasets`` but JSON lines, whose rows may
-differ in form, and audio folders. Recordings stay undecoded, and damaged parts of files are counted. Knows nothing of tasks'
-mixtures, samples or models.
+differ in form, and audio folders. Recordings stay undecoded, and damaged parts of files are counted. Knows
+nothing of mixtures, samples or models.
 """
 
 import csv

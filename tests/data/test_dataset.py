@@ -191,7 +191,7 @@ def test_an_audio_folder_is_read_undecoded(tmp_path, speak):
         shutil.copy(speak(text), folder / f"{name}.wav")
     lines = [{"file_name": f"{name}.wav", "text": text} for name, text in (("a", "Yes."), ("b", "Fine."))]
     write_lines(folder / "metadata.jsonl", lines)
-    with pytest.raises(DataError, match="found the columns audio, text"):
+    with pytest.raises(DataError, match="found the columns audio, id, text"):
         open_source(SourceSpec(str(folder), task="asr"))
     spec = SourceSpec(
         str(folder), task="asr", columns={"audio": "audio_in", "text": "text_out"}, shuffle=False
@@ -414,3 +414,9 @@ def test_lengths_are_counted(chats, talker):
     assert histogram.edges[0] == min(lengths) < max(lengths) < histogram.edges[-1]
     assert len(str(histogram).splitlines()) == len(histogram.counts)
     assert LengthHistogram.of([3, 3, 9], bars=3) == ((3, 6, 9, 12), (2, 0, 1))
+
+
+def test_packing_falls_back_to_similar_lengths():
+    packed = Batching(mode="pack", batch_size=3, max_steps=64)
+    assert packed.without_packing() == Batching(mode="bucket", batch_size=3, max_steps=64)
+    assert Batching().without_packing() == Batching()
