@@ -1,0 +1,666 @@
+"""The command ``omni-adapter``: talk, listen, transcribe, say, wrap, merge, doctor, bench.
+
+Arguments in; text on stdout, sound into files, everything else on stderr. What can be done is done by
+``OmniAdapter``; this module only asks and shows. Heavy imports stand inside the commands, so that ``--help``
+is quick.
+"""
+
+import inspect
+import json
+import logging
+import os
+import ssl
+import sys
+import time
+import unicodedata
+import urllib.error
+import urllib.request
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from enum import StrEnum
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+
+import typer
+from rich.console import Console
+from rich.text import Text
+from typer.core import TyperGroup
+
+from omni_adapter.errors import ConfigError, OmniError, PromptError
+
+if TYPE_CHECKING:
+    from omni_adapter.generation.generator import GenerationSettings
+    from omni_adapter.generation.sampling import SamplingSettings
+    from omni_adapter.generation.streaming import Chunk, Reply
+    from omni_adapter.talker import OmniAdapter
+
+EXIT_REFUSED = 2
+"""Exit code when the request cannot be met for a reason that the message gives; wrong options give it too."""
+
+EXIT_INTERRUPTED = 130
+
+_MODEL_VARIABLE = "OMNI_ADAPTER_MODEL"
+_CHECK_RATE = 16_000  # Hz; a recording is checked before the model is loaded, at whatever rate
+_LONGEST_QUESTION_S = 30.0
+_PATIENCE_S = 5.0
+
+_NO_MODEL = (
+    f"no model; pass --model with a folder or Hub id of a talker, or set {_MODEL_VARIABLE}. "
+    "No trained talker comes with this version. To make an untrained one, whose words are the base's own "
+    "and whose speech is noise until it is trained: omni-adapter wrap BASE_MODEL --out talker"
+)
+
+_messages = Console(stderr=True, highlight=False)
+
+
+class _Group(TyperGroup):
+    """Shows errors that were raised on purpose as one line."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that was asked for."""
+        try:
+            return super().invoke(ctx)
+        except OmniError as error:
+            _say_error(" ".join(str(error).split()))
+            raise typer.Exit(EXIT_REFUSED) from error
+        except KeyboardInterrupt as error:
+            _note("stopped")
+            raise typer.Exit(EXIT_INTERRUPTED) from error
+
+
+app = typer.Typer(
+    name="omni-adapter",
+    cls=_Group,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Give any causal language model hearing and speech, and talk to it.",
+    epilog="Start with: omni-adapter doctor BASE_MODEL, then omni-adapter wrap BASE_MODEL --out talker, then "
+    "omni-adapter talk question.wav --model talker",
+)
+
+
+def main() -> None:
+    """Run the command line."""
+    app()
+
+
+class Dtype(StrEnum):
+    """Types that a base can be loaded in."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+# --- groups of options that several commands share ---
+
+
+@dataclass(frozen=True)
+class Where:
+    """Which talker, and where it runs."""
+
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", envvar=_MODEL_VARIABLE, help="Folder or Hub id of a saved talker."),
+    ] = None
+    device: Annotated[
+        str | None, typer.Option(help="Where to compute, such as cpu; default: the best there is.")
+    ] = None
+    dtype: Annotated[Dtype, typer.Option(help="Type of the weights; auto takes that of the files.")] = (
+        Dtype.AUTO
+    )
+
+
+@dataclass(frozen=True)
+class Output:
+    """What becomes of the reply."""
+
+    out: Annotated[Path, typer.Option("--out", "-o", help="Wav file of the reply.")] = Path("reply.wav")
+    play: Annotated[bool, typer.Option("--play", help="Play it too (needs the extra 'mic').")] = False
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object at the end instead of text as it comes.")
+    ] = False
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How the reply is made."""
+
+    max_new_tokens: Annotated[
+        int, typer.Option(help="Longest reply, in steps: a text token and a frame of sound each.")
+    ] = 1024
+    seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0
+    stride: Annotated[int, typer.Option(help="Frames of sound per chunk.")] = 4
+    batch_parallel: Annotated[
+        bool,
+        typer.Option(
+            "--batch-parallel/--no-batch-parallel",
+            help="Write the text in a second row that carries no codes: better words, a little slower.",
+        ),
+    ] = True
+    temperature: Annotated[
+        float | None, typer.Option(help="Draw text at this temperature; default: the likeliest token.")
+    ] = None
+    top_k: Annotated[int | None, typer.Option(help="Draw text from the k likeliest tokens.")] = None
+    top_p: Annotated[float | None, typer.Option(help="Draw text from tokens of this total probability.")] = (
+        None
+    )
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1, text repeats itself less.")] = 1.0
+    code_temperature: Annotated[float | None, typer.Option(help="As --temperature, for the sound.")] = None
+    code_top_k: Annotated[int | None, typer.Option(help="As --top-k, for the sound.")] = None
+    code_top_p: Annotated[float | None, typer.Option(help="As --top-p, for the sound.")] = None
+    code_repetition_penalty: Annotated[
+        float, typer.Option(help="As --repetition-penalty, for the sound.")
+    ] = 1.0
+
+    def settings(self) -> "GenerationSettings":
+        """Return them as the library takes them."""
+        from omni_adapter.generation.generator import GenerationSettings
+
+        return GenerationSettings(
+            max_new_tokens=self.max_new_tokens,
+            text_sampling=_sampling(self.temperature, self.top_k, self.top_p, self.repetition_penalty),
+            code_sampling=_sampling(
+                self.code_temperature, self.code_top_k, self.code_top_p, self.code_repetition_penalty
+            ),
+            seed=self.seed,
+            batch_parallel=self.batch_parallel,
+            stride=self.stride,
+        )
+
+
+@dataclass(frozen=True)
+class Grafts:
+    """What a base is wrapped with."""
+
+    encoder: Annotated[
+        str, typer.Option(help="Folder or Hub id of a Whisper model, or a file of the whisper package.")
+    ] = "openai/whisper-small"
+    codec: Annotated[str, typer.Option(help="Folder or Hub id of a SNAC model.")] = "hubertsiuzdak/snac_24khz"
+    tts_layers: Annotated[int, typer.Option(help="Blocks between the LM and the code heads.")] = 6
+    fusion: Annotated[
+        str, typer.Option(help="add keeps the base's text path exact; mean averages as the paper does.")
+    ] = "add"
+
+
+def with_groups(command: Callable[..., None]) -> Callable[..., None]:
+    """Let a command take groups of options as dataclasses."""
+    parameters = inspect.signature(command).parameters
+    groups: dict[str, Any] = {
+        name: item.annotation for name, item in parameters.items() if is_dataclass(item.annotation)
+    }
+    expanded = [item for name, item in parameters.items() if name not in groups]
+    for group in groups.values():
+        hints = get_type_hints(group, include_extras=True)
+        for hint in hints.values():
+            hint.__metadata__[0].rich_help_panel = group.__doc__.rstrip(".")
+        expanded += [
+            inspect.Parameter(
+                field.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=field.default,
+                annotation=hints[field.name],
+            )
+            for field in fields(group)
+        ]
+
+    @wraps(command)
+    def run(**values: Any) -> None:
+        built = {
+            name: group(**{field.name: values.pop(field.name) for field in fields(group)})
+            for name, group in groups.items()
+        }
+        command(**values, **built)
+
+    run.__signature__ = inspect.Signature(expanded)  # type: ignore[attr-defined]
+    run.__annotations__ = {item.name: item.annotation for item in expanded}
+    return run
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from omni_adapter import __version__
+
+        typer.echo(f"omni-adapter {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def start(
+    *,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show what the libraries log.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Set logging up."""
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING,
+        format="%(levelname)s: %(message)s",
+        handlers=[logging.StreamHandler()],
+        force=True,
+    )
+    if not verbose:
+        warnings.filterwarnings("ignore")
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+# --- commands ---
+
+
+@app.command(epilog="Example: omni-adapter talk question.wav --model my-talker --out reply.wav")
+@with_groups
+def talk(
+    audio: Annotated[
+        Path | None, typer.Argument(help="A recording of the question, in any usual format.")
+    ] = None,
+    text: Annotated[
+        str | None, typer.Option(help="The question in words, alone or after the recording.")
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="What the model is told beforehand.")] = None,
+    speech: Annotated[
+        bool, typer.Option("--speech/--no-speech", help="Answer in speech and text, or in text only.")
+    ] = True,
+    *,
+    where: Where,
+    output: Output,
+    decoding: Decoding,
+) -> None:
+    """Ask a question, spoken or written; get the answer as text and speech while it is made.
+
+    The text goes to stdout as it comes, the speech into a wav file that can be played while it grows. With
+    --json, stdout gets one object instead: text, out, sampling_rate, duration_s, first_text_s, first_audio_s,
+    elapsed_s, real_time_factor, steps, finish_reason.
+    """
+    if audio is None and text is None:
+        raise PromptError("no question; pass a recording, --text 'a question', or both")
+    settings = decoding.settings()
+    _check_files(audio, output.out if speech else None)
+    talker = _load_talker(where)
+    chunks = talker.stream(audio, text=text, system=system, speak=speech, settings=settings)
+    _answer(chunks, output, sampling_rate=talker.sampling_rate if speech else None)
+
+
+@app.command(epilog="Example: omni-adapter listen --model my-talker --play")
+@with_groups
+def listen(
+    system: Annotated[str | None, typer.Option(help="What the model is told beforehand.")] = None,
+    once: Annotated[bool, typer.Option("--once", help="Stop after one question.")] = False,
+    *,
+    where: Where,
+    output: Output,
+    decoding: Decoding,
+) -> None:
+    """Ask through the microphone: speak, then pause or press Enter. Ctrl-C ends the conversation.
+
+    Needs the extra 'mic' of the package. Each reply replaces the one before in the wav file.
+    """
+    settings = decoding.settings()
+    _check_files(None, output.out)
+    from omni_adapter.audio.device import record_until_pause
+
+    talker = _load_talker(where)
+    rate = talker.processor.log_mel.sampling_rate
+    messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system is not None else []
+    while True:
+        question = record_until_pause(
+            sampling_rate=rate,
+            max_seconds=_LONGEST_QUESTION_S,
+            on_ready=lambda: _note("listening; pause or press Enter when you are done"),
+        )
+        part = {"type": "audio", "audio": (question, rate)}
+        messages.append({"role": "user", "content": [part]})
+        chunks = talker.stream(messages=messages, settings=settings)
+        reply = _answer(chunks, output, sampling_rate=talker.sampling_rate)
+        messages.append({"role": "assistant", "content": reply.text})
+        if once:
+            return
+
+
+@app.command(epilog="Example: omni-adapter transcribe speech.flac --model my-talker")
+@with_groups
+def transcribe(
+    audio: Annotated[Path, typer.Argument(help="A recording, in any usual format.")],
+    max_new_tokens: Annotated[int, typer.Option(help="Longest text, in tokens.")] = 1024,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object at the end.")] = False,
+    *,
+    where: Where,
+) -> None:
+    """Write down what is said in a recording."""
+    settings = Decoding(max_new_tokens=max_new_tokens).settings()
+    _check_files(audio, None)
+    talker = _load_talker(where)
+    question = [{"role": "user", "content": [{"type": "audio", "audio": audio}]}]
+    stream = talker.stream_many([question], task="asr", settings=settings)
+    _answer((chunk for _, chunk in stream), Output(as_json=as_json), sampling_rate=None)
+
+
+@app.command(epilog="Example: omni-adapter say 'Good morning.' --model my-talker --out morning.wav")
+@with_groups
+def say(
+    text: Annotated[str, typer.Argument(help="What is to be read out.")],
+    *,
+    where: Where,
+    output: Output,
+    decoding: Decoding,
+) -> None:
+    """Read a text out, word for word, into a wav file."""
+    settings = decoding.settings()
+    _check_files(None, output.out)
+    talker = _load_talker(where)
+    stream = talker.stream_many([[{"role": "user", "content": text}]], task="tts", settings=settings)
+    _answer((chunk for _, chunk in stream), output, sampling_rate=talker.sampling_rate)
+
+
+@app.command(epilog="Example: omni-adapter wrap some-org/some-model --out talker")
+@with_groups
+def wrap(
+    base: Annotated[str, typer.Argument(help="Folder or Hub id of a causal language model.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the talker.")],
+    include: Annotated[
+        str,
+        typer.Option(help="Parts to copy into the folder instead of naming them: base,encoder,codec."),
+    ] = "",
+    seed: Annotated[int, typer.Option(help="Of the new weights.")] = 0,
+    dtype: Annotated[Dtype, typer.Option(help="Type of the weights; auto takes that of the files.")] = (
+        Dtype.AUTO
+    ),
+    *,
+    grafts: Grafts,
+) -> None:
+    """Give a language model hearing and speech, untrained, and save what was added.
+
+    The base's own weights stay as they are. Until it is trained, the talker answers written questions as the
+    base does; what it hears and says is noise.
+    """
+    _check_talker_folder(out)
+    from omni_adapter.talker import OmniAdapter
+
+    with _working(f"wrapping {base}"):
+        _prepare_hub(base, grafts.encoder, grafts.codec)
+        talker = OmniAdapter.wrap(base, seed=seed, lm_arguments={"dtype": dtype.value}, **asdict(grafts))
+        talker.save_pretrained(out, include=[name.strip() for name in include.split(",") if name.strip()])
+    added = sum(parameter.numel() for _, parameter in talker.model.added_parameters())
+    _note(
+        f"saved {added / 1e6:.1f} M added parameters in {out}; "
+        f"try: omni-adapter talk --text 'Hello!' --model {out}"
+    )
+
+
+@app.command(epilog="Example: omni-adapter merge my-talker --out my-talker-merged")
+def merge(
+    folder: Annotated[str, typer.Argument(help="Folder or Hub id of a saved talker.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the whole talker.")],
+) -> None:
+    """Write a talker with all its parts into one folder, LoRA merged into the base."""
+    _check_talker_folder(out)
+    from omni_adapter.talker import OmniAdapter
+
+    with _working(f"merging {folder}"):
+        _prepare_hub(folder)
+        OmniAdapter.from_pretrained(folder).merge_and_save(out)
+    _note(f"saved the whole talker in {out}")
+
+
+@app.command(epilog="Example: omni-adapter doctor some-org/some-model")
+@with_groups
+def doctor(
+    base: Annotated[str, typer.Argument(help="Folder or Hub id of a causal language model.")],
+    load: Annotated[
+        bool, typer.Option("--load", help="Load the weights too and try the model out: all checks.")
+    ] = False,
+    lora_rank: Annotated[int, typer.Option(help="Rank of the LoRA of stage 2.")] = 16,
+    dtype: Annotated[Dtype, typer.Option(help="Type of the weights in the estimates.")] = Dtype.AUTO,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    *,
+    grafts: Grafts,
+) -> None:
+    """Say what wrapping a model would do: what it has, what would train, what it costs, what is missing.
+
+    Reads the config and tokenizer only, so it is quick for large models too. Ends with code 2 if the model
+    cannot be wrapped.
+    """
+    from omni_adapter.doctor import diagnose, show
+
+    with _working(f"looking at {base}"):
+        _prepare_hub(base, grafts.encoder, grafts.codec)
+        diagnosis = diagnose(base, load=load, lora_rank=lora_rank, dtype=dtype.value, **asdict(grafts))
+    if as_json:
+        _print_json(asdict(diagnosis))
+    else:
+        show(diagnosis, Console(highlight=False))
+    if diagnosis.missing:
+        raise typer.Exit(EXIT_REFUSED)
+
+
+# --- what the commands share ---
+
+
+def _answer(chunks: Iterator["Chunk"], output: Output, *, sampling_rate: int | None) -> "Reply":
+    """Show and save a reply as it comes; ``sampling_rate`` is None if it is not spoken."""
+    from omni_adapter.generation.streaming import Reply
+
+    seen: list[Chunk] = []
+    with ExitStack() as stack:
+        stack.enter_context(closing(chunks))  # type: ignore[type-var]
+        sinks = _sinks(stack, output, sampling_rate)
+        for chunk in chunks:
+            seen.append(chunk)
+            if chunk.text and not output.as_json:
+                sys.stdout.write(_printable(chunk.text))
+                sys.stdout.flush()
+            if len(chunk.audio):
+                for sink in sinks:
+                    sink(chunk.audio)
+    reply = Reply.collect(seen)
+    out = str(output.out) if sampling_rate is not None else None
+    if output.as_json:
+        _print_json(summary(reply, out=out))
+    else:
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+        _note(closing_words(reply, out=out))
+    return reply
+
+
+def _sinks(stack: ExitStack, output: Output, sampling_rate: int | None) -> list[Callable[[Any], None]]:
+    """What takes the sound: the wav file, the loudspeaker."""
+    if sampling_rate is None:
+        return []
+    from omni_adapter.audio.device import Loudspeaker
+    from omni_adapter.audio.waveform import WavWriter
+
+    sinks: list[Callable[[Any], None]] = []
+    if output.play:
+        sinks.append(stack.enter_context(Loudspeaker(sampling_rate=sampling_rate)).play)
+    sinks.append(stack.enter_context(WavWriter(output.out, sampling_rate=sampling_rate)).write)
+    return sinks
+
+
+def summary(reply: "Reply", *, out: str | None) -> dict[str, Any]:
+    """Return what ``--json`` prints of a reply."""
+    spoken = out is not None
+    return {
+        "text": reply.text,
+        "out": out,
+        "sampling_rate": reply.sampling_rate if spoken else None,
+        "duration_s": reply.duration_s if spoken else None,
+        "first_text_s": reply.first_text_s,
+        "first_audio_s": reply.first_audio_s,
+        "elapsed_s": reply.elapsed_s,
+        "real_time_factor": reply.real_time_factor,
+        "steps": reply.steps,
+        "finish_reason": reply.finish_reason,
+    }
+
+
+def closing_words(reply: "Reply", *, out: str | None) -> str:
+    """Return the line that closes a reply on a terminal."""
+    words = []
+    if reply.first_audio_s is not None:
+        words += [
+            f"first sound after {reply.first_audio_s:.2f} s",
+            f"{reply.duration_s:.1f} s of sound in {reply.elapsed_s:.1f} s "
+            f"(real-time factor {reply.real_time_factor:.2f})",
+            f"saved to {out}",
+        ]
+    elif out is not None:
+        words += [f"no sound in {reply.elapsed_s:.1f} s", f"{out} is empty"]
+    elif reply.first_text_s is not None:
+        words.append(f"first text after {reply.first_text_s:.2f} s, all after {reply.elapsed_s:.1f} s")
+    if reply.finish_reason == "length":
+        words.append(f"cut off after {reply.steps} steps (--max-new-tokens)")
+    if reply.finish_reason == "context":
+        words.append(f"cut off after {reply.steps} steps, where the base's positions end")
+    return " · ".join(words)
+
+
+def _sampling(
+    temperature: float | None, top_k: int | None, top_p: float | None, repetition_penalty: float
+) -> "SamplingSettings":
+    """Draw as soon as any of the three says how."""
+    from omni_adapter.generation.sampling import SamplingSettings
+
+    return SamplingSettings(
+        do_sample=any(value is not None for value in (temperature, top_k, top_p)),
+        temperature=1.0 if temperature is None else temperature,
+        top_k=top_k or 0,
+        top_p=1.0 if top_p is None else top_p,
+        repetition_penalty=repetition_penalty,
+    )
+
+
+def _check_files(audio: Path | None, out: Path | None) -> None:
+    """Refuse what cannot work before a model is loaded for minutes."""
+    if out is not None:
+        if out.is_dir():
+            raise ConfigError(f"--out {out} is a folder; name a file, such as {out / 'reply.wav'}")
+        if not out.parent.is_dir():
+            raise ConfigError(f"--out {out}: the folder {out.parent} does not exist; make it first")
+        if audio is not None and out.exists() and audio.exists() and out.samefile(audio):
+            raise ConfigError(f"--out {out} is the question itself; name another file")
+    if audio is not None:
+        from omni_adapter.audio.waveform import read_waveform
+
+        read_waveform(audio, sampling_rate=_CHECK_RATE)
+
+
+def _check_talker_folder(out: Path) -> None:
+    """Refuse to write over a file or over another talker, which may be a trained one."""
+    from omni_adapter.hub import CONFIG_FILE
+
+    if out.is_file():
+        raise ConfigError(f"--out {out} is a file; name a folder")
+    if (out / CONFIG_FILE).exists():
+        raise ConfigError(f"--out {out} holds a talker already; remove it or name another folder")
+
+
+def _load_talker(where: Where) -> "OmniAdapter":
+    if not where.model:
+        raise ConfigError(_NO_MODEL)
+    from omni_adapter.hub import CONFIG_FILE
+    from omni_adapter.talker import OmniAdapter
+
+    folder = Path(where.model)
+    if folder.is_dir() and not (folder / CONFIG_FILE).is_file():
+        raise ConfigError(
+            f"{folder} is no saved talker: it has no {CONFIG_FILE}; "
+            f"if it is a language model, wrap it first: omni-adapter wrap {folder} --out talker"
+        )
+    with _working(f"loading {where.model}"):
+        _prepare_hub(where.model)
+        talker = OmniAdapter.from_pretrained(where.model, lm_arguments={"dtype": where.dtype.value})
+        return _to_device(talker, where.device)
+
+
+def _to_device(talker: "OmniAdapter", device: str | None) -> "OmniAdapter":
+    import torch
+
+    best = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        return talker.to(device or best)
+    except (RuntimeError, AssertionError) as error:  # torch names what it lacks in either
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"--device {device} cannot be used: {reason}; leave it out, or pass cpu") from error
+
+
+def _prepare_hub(*names: str) -> None:
+    """No bars and warnings from the libraries; no waiting for a Hub that cannot be reached."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import logging as hub_logging
+    from huggingface_hub.utils.tqdm import enable_progress_bars
+    from transformers.utils import logging as transformers_logging
+
+    if not logging.getLogger().isEnabledFor(logging.INFO):
+        hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+        transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        if sys.stderr.isatty():  # downloads keep theirs for people
+            enable_progress_bars()
+    is_remote = any(not Path(part).exists() for name in names for part in (name, *_parts_of(name)))
+    if is_remote and not constants.is_offline_mode() and not _is_reachable(constants.ENDPOINT):
+        _note(f"{constants.ENDPOINT} cannot be reached; only what is on this machine is used")
+        constants.HF_HUB_OFFLINE = True
+
+
+def _parts_of(name: str) -> list[str]:
+    """Names of the parts that a talker's folder refers to."""
+    from omni_adapter.hub import CONFIG_FILE, read_config
+
+    if not (Path(name) / CONFIG_FILE).is_file():
+        return []
+    config = read_config(Path(name))
+    ids = (config.base.id, config.encoder.id, config.codec.id)
+    return [part for part in ids if not part.startswith("./")]
+
+
+def _is_reachable(address: str) -> bool:
+    """Whether anything answers there; doubts count as yes."""
+    request = urllib.request.Request(address, method="HEAD")
+    try:
+        urllib.request.urlopen(request, timeout=_PATIENCE_S).close()
+    except urllib.error.URLError as error:
+        return not isinstance(error.reason, OSError) or isinstance(error.reason, ssl.SSLError)
+    except TimeoutError:
+        return False
+    return True
+
+
+@contextmanager
+def _working(what: str) -> Iterator[None]:
+    """Say what takes a while, and how long it took."""
+    started_s = time.perf_counter()
+    if _messages.is_terminal:
+        _note(f"{what} …")
+    yield
+    if _messages.is_terminal:
+        _note(f"done in {time.perf_counter() - started_s:.1f} s")
+
+
+def _printable(text: str) -> str:
+    """Text without control characters, which a terminal would obey."""
+    return "".join(
+        character
+        if character in "\n\t" or unicodedata.category(character) != "Cc"
+        else "\N{REPLACEMENT CHARACTER}"
+        for character in text
+    )
+
+
+def _print_json(values: Mapping[str, Any] | Sequence[Any]) -> None:
+    typer.echo(json.dumps(values, ensure_ascii=False, allow_nan=False))
+
+
+def _note(message: str) -> None:
+    _messages.print(Text(message, style="dim"), soft_wrap=True)
+
+
+def _say_error(message: str) -> None:
+    _messages.print(Text.assemble(("error: ", "bold red"), (message, "red")), soft_wrap=True)
