@@ -1,7 +1,7 @@
 """Every causal-LM family of transformers as a whole talker: it hears, speaks, streams, saves and loads.
 
-A check is one function of a talker; a new one is a new entry of ``CHECKS``. ``POPULAR`` families run always, all of
-them with ``-m all_families``.
+A check is one function of a talker; a new one is a new entry of ``CHECKS``. ``POPULAR`` families run always,
+all of them with ``-m all_families``.
 """
 
 import gc

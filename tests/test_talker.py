@@ -118,7 +118,8 @@ def test_transcribe_writes_and_does_not_speak(talker, question):
 
 def test_many_conversations_at_once(talker, speak):
     conversations = [
-        [{"role": "user", "content": [{"type": "audio", "audio": speak(text)}]}] for text in ("Hi", "How are you?")
+        [{"role": "user", "content": [{"type": "audio", "audio": speak(text)}]}]
+        for text in ("Hi", "How are you?")
     ]
     replies = talker.chat_many(conversations, **SHORT)
     for conversation, reply in zip(conversations, replies, strict=True):
@@ -134,7 +135,10 @@ def test_several_turns_with_speech_and_text(talker, question, speak):
         {"role": "assistant", "content": "Paris."},
         {
             "role": "user",
-            "content": [{"type": "text", "text": "And now: "}, {"type": "audio", "audio": speak("Tell me a story")}],
+            "content": [
+                {"type": "text", "text": "And now: "},
+                {"type": "audio", "audio": speak("Tell me a story")},
+            ],
         },
     ]
     reply = talker.chat(messages=messages, **SHORT)
@@ -163,7 +167,7 @@ def test_draws_are_seeded(talker):
         (lambda t: t.chat(text="a", max_new_token=3), ConfigError, "did you mean 'max_new_tokens'"),
         (lambda t: t.chat_many([]), PromptError, "no conversations"),
         (lambda t: t.say("  "), PromptError, "nothing to say: the text is empty"),
-        (lambda t: t.chat_many([[{"role": "user", "content": "a"}]], task="asr"), PromptError, "'asr' hears, but no"),
+        (lambda t: t.chat_many([[{"role": "user", "content": "a"}]], task="asr"), PromptError, "'asr' hears"),
         (
             lambda t: t.chat(messages=[{"role": "user", "content": [{"type": "image"}]}]),
             PromptError,
@@ -181,7 +185,7 @@ def test_tasks_are_not_mixed_in_one_call(talker, question):
         [{"role": "user", "content": [{"type": "audio", "audio": question}]}],
         [{"role": "user", "content": "Hi"}],
     ]
-    with pytest.raises(PromptError, match="conversations of one call share a task, got speech_to_speech, text_to"):
+    with pytest.raises(PromptError, match="of one call share a task, got speech_to_speech, text_to"):
         talker.chat_many(conversations)
 
 
@@ -258,9 +262,9 @@ def test_lora_is_saved_loaded_and_merged(tmp_path, question):
 
 
 def test_parts_without_a_name_are_not_silently_lost(tmp_path):
-    with pytest.raises(CheckpointError, match=r"the base came as a loaded model without a name.*include=\('base',\)"):
+    with pytest.raises(CheckpointError, match=r"loaded model without a name.*include=\('base',\)"):
         fresh().save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match="parts that can be saved are base, encoder, codec, got decoder"):
+    with pytest.raises(CheckpointError, match="can be saved are base, encoder, codec, got decoder"):
         fresh().save_pretrained(tmp_path, include=("decoder",))
 
 
@@ -289,7 +293,7 @@ def test_changed_configs_are_refused(talker_folder, tmp_path, change, message):
         (lambda w: {**w, "extra": torch.zeros(1)}, "extra"),
         (lambda w: {k: v for k, v in w.items() if k != "code_heads.proj.weight"}, "code_heads.proj.weight"),
         (lambda w: {**w, "code_heads.proj.weight": torch.zeros(3, 3)}, r"code_heads.proj.weight.*3, 3"),
-        (lambda w: {**w, "code_heads.proj.weight": w["code_heads.proj.weight"] * torch.nan}, "NaN or infinity"),
+        (lambda w: {**w, "code_heads.proj.weight": w["code_heads.proj.weight"] * torch.nan}, "NaN or inf"),
     ],
 )
 def test_changed_weights_are_refused(talker_folder, tmp_path, change, message):
@@ -313,14 +317,14 @@ def test_another_base_is_refused_with_both_values(talker_folder):
 
 
 def test_missing_folders_are_refused(tmp_path):
-    with pytest.raises(CheckpointError, match="holds no omni_config.json, so no talker was saved there"):
+    with pytest.raises(CheckpointError, match=r"holds no omni_config\.json, so no talker was saved there"):
         OmniAdapter.from_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="neither a folder nor a repository on the Hub"):
         OmniAdapter.from_pretrained(tmp_path / "nowhere")
 
 
 def test_unknown_settings_are_refused():
-    with pytest.raises(ConfigError, match="unknown key 'tts.layer'; did you mean 'layers'"):
+    with pytest.raises(ConfigError, match=r"unknown key 'tts\.layer'; did you mean 'layers'"):
         fresh(tts={"layer": 3})
     with pytest.raises(ConfigError, match="unknown key 'fusio'; did you mean 'fusion'"):
         fresh(fusio="add")

@@ -24,4 +24,4 @@ class CodeHeads(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         """Return logits [B, K, S, V] of hidden states [B, S, D]."""
         logits: Tensor = self.proj(hidden)
-        return logits.unflatten(-1, (self.num_codebooks, -1)).transpose(1, 2)
+        return logits.view(*hidden.shape[:2], self.num_codebooks, -1).transpose(1, 2)

@@ -16,8 +16,8 @@ MARKED = GridRules(
     text_marks=TextMarks(end=800, pad=801, input=802, answer=803, asr=804),
 )
 SIGNS = {
-    VOCABULARY.end: "E", VOCABULARY.pad: ".", VOCABULARY.input: "I", VOCABULARY.answer: "A", VOCABULARY.asr: "R",
-    NO_TEXT: "-", IGNORE_INDEX: "_", 800: "e", 801: "p", 802: "i", 803: "a", 804: "r",
+    VOCABULARY.end: "E", VOCABULARY.pad: ".", VOCABULARY.input: "I", VOCABULARY.answer: "A",
+    VOCABULARY.asr: "R", NO_TEXT: "-", IGNORE_INDEX: "_", 800: "e", 801: "p", 802: "i", 803: "a", 804: "r",
 }  # fmt: skip
 
 

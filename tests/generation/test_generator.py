@@ -41,8 +41,9 @@ def ids(steps) -> dict[int, list[list[int]]]:
     """Per conversation, the text id and code ids of each step."""
     found: dict[int, list[list[int]]] = {}
     for step in steps:
-        for index, text, codes in zip(step.conversations, step.text.tolist(), step.codes.tolist(), strict=True):
-            found.setdefault(index, []).append([text, *codes])
+        texts, codes = step.text.tolist(), step.codes.tolist()
+        for place, index in enumerate(step.conversations):
+            found.setdefault(index, []).append([texts[place], *codes[place]])
     return found
 
 
@@ -77,7 +78,9 @@ def test_batch_parallel_equals_the_slow_loop(talker, question):
 
 
 @pytest.mark.parametrize("task", ["text_to_speech", "text_to_text", "tts"])
-@pytest.mark.parametrize("settings", [{}, {"batch_parallel": False}, SAMPLED], ids=["greedy", "parallel", "sampled"])
+@pytest.mark.parametrize(
+    "settings", [{}, {"batch_parallel": False}, SAMPLED], ids=["greedy", "parallel", "sampled"]
+)
 def test_many_at_once_equal_each_alone(talker, task, settings):
     samples = [sample_of(talker, text, task) for text in QUESTIONS]
     given = [talker.processor.text_ids(text) for text in QUESTIONS] if task == "tts" else None
@@ -104,7 +107,8 @@ def test_bases_that_are_not_exact_under_padding_run_apart(talker, monkeypatch):
 
 def test_what_is_said_is_what_the_lm_would_have_written(talker):
     """Batch-parallel decoding: the text row carries no codes."""
-    spoken = ids(decoder(talker, "text_to_speech").run([sample_of(talker, QUESTIONS[0], "text_to_speech")]))[0]
+    sample = sample_of(talker, QUESTIONS[0], "text_to_speech")
+    spoken = ids(decoder(talker, "text_to_speech").run([sample]))[0]
     prompt = talker.processor.apply_chat_template([{"role": "user", "content": QUESTIONS[0]}])[0][0].ids
     base = talker.model.backbone.lm
     out = base.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False, pad_token_id=0)
@@ -169,7 +173,7 @@ def test_closing_early_frees_the_caches(talker):
 
 def test_prompts_beyond_the_positions_are_refused(talker):
     text = "word " * 3000
-    with pytest.raises(ContextOverflowError, match=r"prompt takes \d+ steps and the base LM knows 2048 positions"):
+    with pytest.raises(ContextOverflowError, match=r"takes \d+ steps and the base LM knows 2048 positions"):
         list(decoder(talker, "text_to_text").run([sample_of(talker, text, "text_to_text")]))
 
 

@@ -94,7 +94,7 @@ def test_shapes_that_do_not_fit_are_refused(width, settings, message):
 
 
 def test_paper_size():
-    # The TTS adapter of the released 0.5B shape has about 115.6 M weights with its heads; 89.5 M of them in the blocks.
+    # The TTS adapter of the 0.5B shape has about 115.6 M weights with heads, 89.5 M of them in the blocks.
     with torch.device("meta"):
         config = TtsConfig(layers=6, heads=14, kv_heads=2, intermediate_width=4864)
         tts = TtsBlocks(width=896, config=config)
