@@ -211,14 +211,13 @@ class Shards(Copies):
             if own and not own & kept:
                 fully_shard(layer)
         self._root: Any = fully_shard(model, ignored_params=kept)
-        self._root.set_gradient_divide_factor(1.0)  # losses are shares of a sum already
         self._root.set_reduce_scatter_unused_params(True)  # ranks differ in what their batch needs
         super().__init__(model, make_optimizer(), accelerator=accelerator, ranks=ranks, max_norm=max_norm)
 
     def backward(self, loss: Tensor, *, is_last: bool) -> None:
         """Add the gradients of a loss to those of the step; the last one adds those of all ranks up."""
         self._root.set_requires_gradient_sync(is_last)
-        self.accelerator.backward(loss)
+        self.accelerator.backward(loss * self.ranks.world_size)  # FSDP averages, losses are shares of a sum
 
     def save(self, folder: Path) -> None:
         """Write this rank's shards."""

