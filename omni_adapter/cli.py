@@ -386,7 +386,7 @@ def wrap(
     with _working(f"wrapping {base}"):
         _prepare_hub(base, grafts.encoder, grafts.codec)
         talker = OmniAdapter.wrap(base, seed=seed, lm_arguments={"dtype": dtype.value}, **asdict(grafts))
-        talker.save_pretrained(out, include=[name.strip() for name in include.split(",") if name.strip()])
+        talker.save_pretrained(out, include=_names(include))
     added = sum(parameter.numel() for _, parameter in talker.model.added_parameters())
     _note(
         f"saved {added / 1e6:.1f} M added parameters in {out}; "
@@ -438,6 +438,62 @@ def doctor(
         show(diagnosis, Console(highlight=False))
     if diagnosis.missing:
         raise typer.Exit(EXIT_REFUSED)
+
+
+@app.command(epilog="Example: omni-adapter bench --random smollm2-135m --seconds 3")
+def bench(  # noqa: PLR0913 - an option is a parameter
+    model: Annotated[
+        str | None, typer.Argument(help="Folder or Hub id of a talker, or of a causal language model.")
+    ] = None,
+    random: Annotated[
+        str | None,
+        typer.Option(help="Random weights of true size instead; a wrong name lists those there are."),
+    ] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Type of the weights; auto takes that of the files.")] = (
+        Dtype.AUTO
+    ),
+    device: Annotated[
+        str | None, typer.Option(help="Where to compute, such as cpu; default: the best there is.")
+    ] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Processor threads; default: torch's.")] = None,
+    seconds: Annotated[float, typer.Option(help="Length of the question.")] = 3.0,
+    steps: Annotated[int, typer.Option(help="Decoding steps to time.")] = 40,
+    rounds: Annotated[int, typer.Option(help="Repetitions of everything else.")] = 5,
+    stride: Annotated[int, typer.Option(help="Frames of sound per chunk.")] = 4,
+    only: Annotated[
+        str, typer.Option(help="Parts to time, such as encoder,prefill,reply; a wrong name lists all.")
+    ] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Time a talker on this machine: encoder, prefill, steps, codec, first sound, memory.
+
+    Every time is a median over several rounds after one that warms up, with the shortest and the longest.
+    """
+    if (model is None) == (random is None):
+        raise ConfigError("name either a model or --random PRESET, such as --random smollm2-135m")
+    import torch
+
+    from omni_adapter import bench as benchmark
+
+    settings = benchmark.BenchSettings(
+        seconds=seconds, steps=steps, rounds=rounds, stride=stride, only=_names(only)
+    )
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+    def load() -> "OmniAdapter":
+        if random is not None:
+            size = "float32" if dtype is Dtype.AUTO else dtype.value
+            return _to_device(benchmark.random_talker(random, dtype=size), device)
+        return _to_device(benchmark.load_talker(str(model), dtype=dtype.value), device)
+
+    with _working(f"timing {model or random}"):
+        _prepare_hub(*([model] if model else []))
+        report = benchmark.measure(load, name=str(model or random), settings=settings)
+    if as_json:
+        _print_json(asdict(report))
+    else:
+        benchmark.show(report, Console(highlight=False))
 
 
 # --- what the commands share ---
@@ -642,6 +698,11 @@ def _working(what: str) -> Iterator[None]:
     yield
     if _messages.is_terminal:
         _note(f"done in {time.perf_counter() - started_s:.1f} s")
+
+
+def _names(text: str) -> tuple[str, ...]:
+    """Names between commas."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def _printable(text: str) -> str:
