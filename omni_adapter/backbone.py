@@ -1,8 +1,9 @@
 """Any causal LM of transformers behind a handful of methods.
 
-Embeddings in, text logits and hidden states out: [B, S, D] -> [B, S, V] and [B, S, D]. The only module that touches
-other people's models, through public calls of transformers and PEFT; what a model can do is read from its signatures
-and seen by running a few tokens, never from its name. Knows nothing of audio, codes, tokenizers or prompts.
+Embeddings in, text logits and hidden states out: [B, S, D] -> [B, S, V] and [B, S, D]. The only module that
+touches other people's models, through public calls of transformers and PEFT; what a model can do is read from
+its signatures and seen by running a few tokens, never from its name. Knows nothing of audio, codes,
+tokenizers or prompts.
 """
 
 import copy
@@ -21,7 +22,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
@@ -49,10 +50,10 @@ _LIMITS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_target_
 _REPLAY = ("embeddings", "attention_mask", "position_ids")
 """What is kept of an LM without a state of its own."""
 
-_ADAPTER = "default"
 Packing = Literal["positions", "mask"]
 """What keeps samples in one row apart: positions that start anew, or a mask of which step sees which."""
 
+_ADAPTER = "default"
 _PROBE_STEPS = 6
 _RMS_SAMPLES = 1024
 _LARGE_LOGIT = 1e3  # where caps show
@@ -130,9 +131,9 @@ class Backbone(nn.Module):
         self._position_offset = 0
         with torch.no_grad():
             self.width: int = self.embed(_probe_ids(self)).shape[-1]
-        head = lm.get_output_embeddings()
+        head = _head(lm)
         self.vocab_size: int = (
-            lm.config.get_text_config().vocab_size if head is None else head.weight.shape[0]
+            lm.config.get_text_config().vocab_size if head is None else int(_weight(head).shape[0])
         )
         if probe and self.device.type != "meta":
             with _quiet(self):
@@ -174,13 +175,19 @@ class Backbone(nn.Module):
     def hidden_width(self) -> int:
         """Width of the hidden states; equal to ``width`` in all but a few LMs."""
         with _quiet(self):
-            return self(self.embed(_probe_ids(self))).hidden.shape[-1]
+            return int(self(self.embed(_probe_ids(self))).hidden.shape[-1])
 
     @cached_property
     def padding_is_exact(self) -> bool:
         """Whether rows that are padded on the left come out as they do alone; tried when first asked."""
         with _quiet(self):
             return _padding_is_exact(self)
+
+    @property
+    def lora_config(self) -> LoraConfig | None:
+        """PEFT's settings of the LoRA that was added, None without."""
+        config = self._peft[0].peft_config[_ADAPTER] if self._peft else None
+        return config if isinstance(config, LoraConfig) else None
 
     @property
     def is_quantized(self) -> bool:
@@ -198,12 +205,9 @@ class Backbone(nn.Module):
     @property
     def linear_head(self) -> nn.Linear | None:
         """The LM's head if its logits are nothing but this matrix times the hidden state, else None."""
-        head: Any = self.lm.get_output_embeddings()  # type: ignore[no-untyped-call]
-        if (
-            type(head) is not nn.Linear or getattr(head, "bias", None) is not None
-        ):  # no subclass: LoRA, quantised
-            return None
-        return head if self._head_is_linear else None
+        head: Any = _head(self.lm)
+        plain = type(head) is nn.Linear and head.bias is None  # subclasses are quantised or carry LoRA
+        return head if plain and self._head_is_linear else None
 
     @cached_property
     def projects(self) -> bool:
@@ -258,10 +262,11 @@ class Backbone(nn.Module):
 
         Args:
             embeddings: [B, S, D].
-            attention_mask: 1 for steps and 0 for padding, which belongs on the left, [B, past + S]; None if nothing
-                is padded; or, where rows hold several samples, which step sees which, bool [B, 1, S, S].
-            position_ids: position of each step, from 0, [B, S]; derived from the mask if None; dropped where the LM
-                takes none.
+            attention_mask: 1 for steps and 0 for padding, which belongs on the left, [B, past + S]; None if
+                nothing is padded; or, where rows hold several samples, which step sees which, bool
+                [B, 1, S, S].
+            position_ids: position of each step, from 0, [B, S]; derived from the mask if None; dropped where
+                the LM takes none.
             cache: what the last call returned; it is consumed.
             use_cache: return a cache for the next call.
             logits_to_keep: compute the logits of the last so many steps; 0 for all.
@@ -352,7 +357,7 @@ class Backbone(nn.Module):
             raise BackboneError(
                 f"LoRA was added already, to {len(self.lora_targets)} modules of {_name(self.lm)}"
             )
-        self._peft = (get_peft_model(self.lm, config, adapter_name=_ADAPTER),)  # type: ignore[assignment]
+        self._peft = (get_peft_model(self.lm, config, adapter_name=_ADAPTER),)
         self.lora_targets = tuple(sorted(config.target_modules or ()))
 
     @contextmanager
@@ -362,9 +367,12 @@ class Backbone(nn.Module):
         with ExitStack() as stack:
             for peft in self._peft:
                 stack.enter_context(peft.disable_adapter())
-            yield
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
+            try:
+                yield
+            finally:
+                stack.close()
+                for parameter, flag in flags:
+                    parameter.requires_grad_(flag)
 
     def lora_state_dict(self) -> dict[str, Tensor]:
         """Return the LoRA weights by name, empty without LoRA. They are the live ones, not copies."""
@@ -382,8 +390,8 @@ class Backbone(nn.Module):
         if wrong:
             raise BackboneError(
                 f"{len(wrong)} LoRA weights do not fit {_name(self.lm)}, the first is {wrong[0]}: "
-                f"expected {_shape(own.get(wrong[0]))}, got {_shape(weights.get(wrong[0]))}; add LoRA of the same rank "
-                f"to the same modules first"
+                f"expected {_shape(own.get(wrong[0]))}, got {_shape(weights.get(wrong[0]))}; "
+                "add LoRA of the same rank to the same modules first"
             )
         with torch.no_grad():
             for name, parameter in own.items():
@@ -399,7 +407,7 @@ class Backbone(nn.Module):
         """Write LoRA as PEFT does, so that PEFT alone can put it onto the base as well."""
         folder.mkdir(parents=True, exist_ok=True)
         for peft in self._peft:
-            saved = get_peft_model_state_dict(peft, adapter_name=_ADAPTER)
+            saved = get_peft_model_state_dict(peft, adapter_name=_ADAPTER, save_embedding_layers=False)
             weights = {name: weight.detach().cpu().contiguous() for name, weight in saved.items()}
             save_file(weights, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
             peft.peft_config[_ADAPTER].save_pretrained(str(folder))
@@ -416,21 +424,25 @@ class Backbone(nn.Module):
             raise BackboneError(f"{folder} holds {config.peft_type}; LoRA was expected")
         self._attach_lora(config)
         (peft,) = self._peft
-        own = get_peft_model_state_dict(peft, adapter_name=_ADAPTER)
+        own = get_peft_model_state_dict(peft, adapter_name=_ADAPTER, save_embedding_layers=False)
         expected = {name: tuple(weight.shape) for name, weight in own.items()}
         weights = read_safetensors(folder / SAFETENSORS_WEIGHTS_NAME, expected=expected)
-        set_peft_model_state_dict(peft, weights, adapter_name=_ADAPTER)
+        with (
+            torch.no_grad()
+        ):  # into the live weights: PEFT's loader renames those of some mixtures of experts
+            for name, weight in own.items():
+                weight.copy_(weights[name])
 
     def drop_lora(self) -> None:
         """Take LoRA off again and leave the base's weights as they were."""
         for peft in self._peft:
-            peft.unload()  # type: ignore[operator]
+            peft.unload()
         self._peft, self.lora_targets = (), ()
 
     def merge_lora(self) -> None:
         """Add the LoRA updates to the base's weights for good, and drop LoRA."""
         for peft in self._peft:
-            peft.merge_and_unload()  # type: ignore[operator]
+            peft.merge_and_unload()
         self._peft, self.lora_targets = (), ()
 
     def fingerprint(self) -> dict[str, Any]:
@@ -473,14 +485,14 @@ class Backbone(nn.Module):
         packing, length = self.packing, steps.embeddings.shape[1]
         if packing is None:
             raise BackboneError(
-                f"{_name(self.lm)} cannot keep samples in one row apart; train it without packing, or load it "
-                'with attn_implementation="sdpa"'
+                f"{_name(self.lm)} cannot keep samples in one row apart; train it without packing, or load "
+                'it with attn_implementation="sdpa"'
             )
         window = getattr(self.lm.config.get_text_config(), "sliding_window", None)
         if packing == "mask" and isinstance(window, int) and length > window:
             raise BackboneError(
-                f"packed rows of {_name(self.lm)} must be no longer than its attention window of {window} steps, "
-                f"got {length}; train it without packing"
+                f"packed rows of {_name(self.lm)} must be no longer than its attention window of {window} "
+                f"steps, got {length}; train it without packing"
             )
         return _apart(steps, packing)
 
@@ -574,10 +586,24 @@ def _accepted(lm: PreTrainedModel) -> frozenset[str]:
 
 def _bodies(lm: PreTrainedModel) -> list[nn.Module]:
     """Modules that may compute the last hidden state that enters the head."""
-    head = lm.get_output_embeddings()
+    head = _head(lm)
     inside = {lm, *(() if head is None else head.modules())}
-    candidates = (lm.base_model, lm.get_decoder(), *lm.children())
+    decoder: nn.Module = lm.get_decoder()  # type: ignore[no-untyped-call]
+    candidates = (lm.base_model, decoder, *lm.children())
     return [body for body in dict.fromkeys(candidates) if body not in inside]
+
+
+def _head(lm: PreTrainedModel) -> nn.Module | None:
+    """The module that turns hidden states into logits, if the LM tells."""
+    head: nn.Module | None = lm.get_output_embeddings()  # type: ignore[no-untyped-call]
+    return head
+
+
+def _weight(module: nn.Module) -> Tensor:
+    """Weight of a linear layer."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight
 
 
 def _name(lm: object) -> str:
@@ -646,7 +672,7 @@ def _check_behaviour(backbone: Backbone) -> None:
 
 
 def _check_embeddings(backbone: Backbone, ids: Tensor, embeddings: Tensor) -> BackboneOutput:
-    """Embeddings of ids must give the logits of the ids, bit for bit."""
+    """Embeddings of ids must give the logits of the ids."""
     lm, name = backbone.lm, _name(backbone.lm)
     flags = {
         key: value
@@ -660,7 +686,7 @@ def _check_embeddings(backbone: Backbone, ids: Tensor, embeddings: Tensor) -> Ba
         raise BackboneError(f"{name} does not run on input_ids alone: {_first_line(error)}") from error
     try:
         with _lookups(lm) as by_embeddings:
-            whole = backbone(embeddings)
+            whole: BackboneOutput = backbone(embeddings)
     except BackboneError:
         raise
     except Exception as error:  # as above
@@ -671,7 +697,7 @@ def _check_embeddings(backbone: Backbone, ids: Tensor, embeddings: Tensor) -> Ba
         ) from error
     if needs := sorted(by_ids - by_embeddings):
         raise BackboneError(f"{name} builds per-layer inputs from input_ids, in {', '.join(needs)}")
-    if not torch.equal(whole.logits, expected):
+    if not _close(whole.logits, expected):
         raise BackboneError(
             f"{name} gives other logits for embeddings than for the input_ids that they stand for"
         )
@@ -684,8 +710,8 @@ def _check_causal(
     """A step must not see the steps after it, and must take an embedding that stands for no id.
 
     Returns:
-        Two rows of embeddings, [2, S, D], of which the first differs from ``embeddings`` in its last step, and what
-        the LM makes of them.
+        Two rows of embeddings, [2, S, D], of which the first differs from ``embeddings`` in its last step,
+        and what the LM makes of them.
     """
     name = _name(backbone.lm)
     foreign = embeddings[:, :2].mean(dim=1, keepdim=True)
@@ -746,17 +772,18 @@ def _padding_is_exact(backbone: Backbone) -> bool:
     mask = torch.ones_like(ids).repeat(2, 1)
     mask[0, :padding] = 0
     step = row[:, :1].repeat(2, 1, 1)
+    same: list[bool] = []
+    exact = False
     with _tolerated():
         batch = backbone(torch.cat([short, row]), attention_mask=mask, use_cache=True)
         after = backbone(step, attention_mask=torch.cat([mask, mask[:, -1:]], dim=1), cache=batch.cache)
         for index, start in enumerate((padding, 0)):
             alone = backbone(row[:, start:], use_cache=True)
-            next_alone = backbone(step[:1], cache=alone.cache)
-            same = _close(batch.hidden[index : index + 1, start:], alone.hidden)
-            if not (same and _close(after.hidden[index : index + 1], next_alone.hidden)):
-                return False
-        return True
-    return False
+            after_alone = backbone(step[:1], cache=alone.cache)
+            same.append(_close(batch.hidden[index : index + 1, start:], alone.hidden))
+            same.append(_close(after.hidden[index : index + 1], after_alone.hidden, slack=_CACHE_SLACK))
+        exact = all(same)
+    return exact
 
 
 def _apart(steps: _Steps, packing: Packing) -> _Steps:
@@ -789,7 +816,7 @@ def _find_packing(backbone: Backbone) -> Packing | None:
 
 def _head_is_linear(backbone: Backbone) -> bool:
     """Compare the LM's logits with those of its head alone, as they come and where they are large."""
-    head: Any = backbone.lm.get_output_embeddings()  # type: ignore[no-untyped-call]
+    head: Any = _head(backbone.lm)
     hidden = backbone(backbone.embed(_probe_ids(backbone, steps=_PROBE_STEPS))).hidden
     scale = _LARGE_LOGIT / float(F.linear(hidden, head.weight).abs().max())
     return all(
@@ -832,12 +859,13 @@ def _chunks_are_exact(backbone: Backbone) -> bool:
     embeddings = backbone.embed(_probe_ids(backbone, steps=_PROBE_STEPS))
     whole = backbone(embeddings)
     half = _PROBE_STEPS // 2
+    same = False
     with _tolerated():
         first = backbone(embeddings[:, :half], use_cache=True)
         steps = _Steps(embeddings[:, half:], None, None)
         second = backbone._run(steps, first.cache, use_cache=True, logits_to_keep=0)
-        return _close(second.hidden, whole.hidden[:, half:], slack=_CACHE_SLACK)
-    return False
+        same = _close(second.hidden, whole.hidden[:, half:], slack=_CACHE_SLACK)
+    return same
 
 
 @contextmanager
@@ -850,7 +878,7 @@ def _tolerated() -> Iterator[None]:
 
 
 def _close(one: Tensor, other: Tensor, *, slack: float = 1.0) -> bool:
-    """Whether two results differ by no more than rounding of their type does, in units of their largest value."""
+    """Whether two results differ by no more than rounding of their type, in units of their largest value."""
     if one.shape != other.shape or not bool(torch.isfinite(one).all()):
         return False
     exact = other.dtype in (torch.float32, torch.float64)
@@ -888,7 +916,7 @@ def _select(value: Any, rows: int, indices: Tensor) -> Any:
     memo: dict[int, Any] = {}
     clone = _clone(value, memo)
     if isinstance(clone, Cache):
-        clone.reorder_cache(indices)  # knows where its own layers keep the batch
+        clone.reorder_cache(indices)  # type: ignore[arg-type]  # knows where its own layers keep the batch
     return _gather(clone, rows, indices, moved=memo, seen={})
 
 
@@ -934,7 +962,7 @@ def _gather(value: Any, rows: int, indices: Tensor, *, moved: dict[int, Any], se
 
 
 def _take(tensor: Tensor, rows: int, indices: Tensor) -> Tensor:
-    """Take ``indices`` along the batch, which is the first dimension of that size; a copy if there is none."""
+    """Take ``indices`` along the batch, the first dimension of that size; a copy if there is none."""
     for dimension, size in enumerate(tensor.shape):
         if size == rows:
             return tensor.index_select(dimension, indices.to(tensor.device))
@@ -950,18 +978,19 @@ def _is_container(value: Any) -> bool:
 def _lora_targets(backbone: Backbone) -> dict[str, nn.Module]:
     """Linear layers that LoRA can train, by name.
 
-    Those that the text path runs through their own forward, that a gradient reaches, and whose weight is theirs alone.
+    Those that the text path runs through their own forward, that a gradient reaches, and whose weight is
+    theirs alone: merging would add to a shared one several times.
     """
     modules = dict(backbone.lm.named_modules())
     linear = {name: module for name, module in modules.items() if isinstance(module, (nn.Linear, Conv1D))}
     learning = _learning(backbone, modules)
-    owners = Counter(id(module.weight) for module in linear.values())
-    head = backbone.lm.get_output_embeddings()
+    owners = Counter(id(_weight(module)) for module in linear.values())
+    head = _head(backbone.lm)
     return {
         name: module
         for name, module in linear.items()
         if module is not head
-        and owners[id(module.weight)] == 1
+        and owners[id(_weight(module))] == 1
         and _is_used(name, modules, learning)
         and not _weight_is_read(name, modules)
     }
