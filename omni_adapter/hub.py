@@ -162,10 +162,7 @@ def load_base(
     if tokenizer is None:
         if not name:
             raise BackboneError("the base came as a loaded model without a name; pass its tokenizer= as well")
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options.arguments())
-        except _LOAD_ERRORS as error:
-            raise BackboneError(f"{name} has no tokenizer that transformers can load: {error}") from error
+        tokenizer = _load_tokenizer(name, options)
     return lm, tokenizer, ref
 
 
@@ -553,6 +550,17 @@ def _load_lm(name: str, options: HubOptions, lm_arguments: Mapping[str, Any]) ->
         )
     assert isinstance(lm, PreTrainedModel)
     return lm
+
+
+def _load_tokenizer(name: str, options: HubOptions) -> Any:
+    try:
+        try:
+            return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options.arguments())
+        except _HTTP_ERROR:  # even one that is in the cache asks the Hub for more chat templates
+            options = replace(options, local_files_only=True)
+            return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options.arguments())
+    except _LOAD_ERRORS as error:
+        raise BackboneError(f"{name} has no tokenizer that transformers can load: {error}") from error
 
 
 def _check_base_config(name: str, options: HubOptions) -> None:

@@ -83,7 +83,7 @@ def read_license(card: Path) -> str | None:
         if card.stat().st_size > _MAX_CARD_BYTES:
             return None
         text = card.read_text(encoding="utf-8")
-        found = ModelCard(text, ignore_metadata_errors=True).data.to_dict().get("license")
+        found = ModelCard(text, ignore_metadata_errors=True).data.get("license")
     except (OSError, ValueError, TypeError, RecursionError, yaml.YAMLError):
         return None
     names = found if isinstance(found, list) else [found]
