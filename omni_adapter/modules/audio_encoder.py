@@ -121,7 +121,7 @@ class AudioEncoder(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the encoder and the settings of its features; :meth:`from_pretrained` reads them."""
-        self.encoder.save_pretrained(str(folder))
+        self.encoder.save_pretrained(str(folder), save_original_format=False)
         self._log_mel.save_pretrained(folder)
 
     @property
