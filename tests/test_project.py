@@ -30,7 +30,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"model", "data"}),
     frozenset({"generation", "training", "hub", "importers"}),
     frozenset({"talker"}),
-    frozenset({"doctor", "bench"}),
+    frozenset({"doctor", "bench", "train"}),
     frozenset({"cli"}),
     frozenset({"__main__"}),
 )

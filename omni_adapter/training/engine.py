@@ -319,9 +319,12 @@ class DeepSpeed:
         return found
 
 
-def uses_shards() -> bool:
-    """Whether ``accelerate launch`` was told to use FSDP."""
-    return os.environ.get(_SHARD_VARIABLE, "false").lower() == "true"
+def take_shard_wish() -> bool:
+    """Return whether ``accelerate launch`` was told to use FSDP, and take that task from Accelerate.
+
+    It shards by classes of layers that are named in its config; ``Shards`` finds the layers of any base.
+    """
+    return os.environ.pop(_SHARD_VARIABLE, "false").lower() == "true"
 
 
 def learning_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -88,26 +88,26 @@ class DataSettings:
     """What is learned from, and how it is put into batches.
 
     Args:
-        sources: data sets to mix; each a path or Hub id, or a mapping with ``path`` and further keys.
-        tasks: weight of each task in the mixture; empty for the stage's own.
-        batch_size: samples of one micro-batch of one process.
+        sources: data sets to mix; each a path or Hub id, or a mapping with ``path`` and the further keys of
+            ``omni_adapter.data.dataset.SourceSpec``.
+        tasks: weight of each task of sources that name none; empty for the stage's own, as often each.
+        batch_size: rows of one micro-batch of one process.
         max_length: steps of the longest sample; longer ones are rejected and counted.
-        pack: put several samples into one row of the batch, up to ``max_length`` steps.
-        bucket: samples that are sorted by length together before they are batched.
+        mode: ``bucket`` batches samples of similar length; ``pack`` puts several samples into one row of up
+            to ``max_length`` steps; ``pad`` takes them as they come.
+        window: samples among which ``bucket`` and ``pack`` choose; None for 32 batches.
         workers: processes that read and lay out samples beside each training process.
         max_rejected: share of rejected rows that stops the run.
-        streaming: read rows as they come instead of indexing them first.
     """
 
     sources: tuple[str | dict[str, Any], ...] = ()
     tasks: dict[str, Rate] = field(default_factory=dict)
     batch_size: Positive = 8
     max_length: Positive = 1024
-    pack: bool = False
-    bucket: Positive = 64
+    mode: Literal["bucket", "pack", "pad"] = "bucket"
+    window: Positive | None = None
     workers: NotNegative = 0
     max_rejected: Share = 0.05
-    streaming: bool = False
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -256,13 +256,14 @@ MAY_CHANGE = ("out", "threads", "checkpoint", "limits", "watch")
 """Settings that may differ between a run and its continuation; others would make it another run."""
 
 
-def load_settings(path: Path | None, words: Sequence[str] = ()) -> TrainSettings:
+def load_settings(path: Path | None, words: Sequence[str] = (), *, stage: str | None = None) -> TrainSettings:
     """Read a YAML file, and let words of the command line replace single keys.
 
     Args:
         path: the YAML file; None for the defaults.
         words: ``optim.learning_rate=1e-4``, ``--optim.learning_rate 1e-4``, or short names such as
-            ``--base ID``. A key may come twice only as ``--data``, which collects.
+            ``--base ID``. Of a key that comes twice the last value counts; ``--data`` collects.
+        stage: the stage where neither file nor words name one; the run folder is called after it.
 
     Raises:
         ConfigError: if a key is unknown (the nearest is named) or a value is wrong.
@@ -278,6 +279,8 @@ def load_settings(path: Path | None, words: Sequence[str] = ()) -> TrainSettings
             _put(values, key.split("."), value)
     if collected:
         _put(values, SHORTCUTS["data"].split("."), collected)
+    values.setdefault("stage", stage or TrainSettings.stage)
+    values.setdefault("out", f"runs/{values['stage']}")
     _check_keys(TrainSettings, values, (), source=source)
     return parse(TrainSettings, values, source=source)
 

@@ -1,0 +1,174 @@
+"""What a person sees of a run while it goes on: a line on the screen, and the trackers.
+
+Entries of the log in, text and tracker calls out. Knows nothing of models or data.
+"""
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from accelerate import Accelerator
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from omni_adapter.errors import MissingDependencyError
+from omni_adapter.training.loop import Silent, Watcher
+
+logger = logging.getLogger(__name__)
+
+
+class Screen(Silent):
+    """A progress bar with loss, accuracies, speed and the time that is left.
+
+    Args:
+        stage: what to call the run.
+        is_shown: whether this process draws it; only one should.
+    """
+
+    def __init__(self, stage: str, *, is_shown: bool) -> None:
+        self._bar = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            disable=not is_shown,
+        )
+        self._task = self._bar.add_task(stage, figures="")
+        self._is_shown = is_shown
+
+    def on_start(self, step: int, total: int) -> None:
+        """Draw the bar."""
+        self._bar.start()
+        self._bar.update(self._task, completed=step, total=total)
+
+    def on_record(self, record: Mapping[str, Any]) -> None:
+        """Show the newest figures; without a terminal, as a line of its own."""
+        figures = describe_record(record)
+        self._bar.update(self._task, completed=record["step"], figures=figures)
+        if self._is_shown and not self._bar.console.is_terminal:
+            self._bar.console.print(f"step {record['step']}  {figures}", highlight=False, soft_wrap=True)
+
+    def on_step(self, step: int) -> None:
+        """Move the bar."""
+        self._bar.update(self._task, completed=step)
+
+    def on_end(self) -> None:
+        """Leave the bar as it is."""
+        self._bar.stop()
+
+
+class Trackers(Silent):
+    """Hands the log to tensorboard, wandb or trackio, through Accelerate.
+
+    Args:
+        accelerator: made with ``log_with`` and a ``project_dir``.
+        project: name under which the run is filed.
+        config: settings of the run, as plain values.
+
+    Raises:
+        MissingDependencyError: if a tracker is not installed.
+    """
+
+    def __init__(self, accelerator: Accelerator, *, project: str, config: Mapping[str, Any]) -> None:
+        self._accelerator = accelerator
+        try:
+            accelerator.init_trackers(project, config=_scalars(config))
+        except ImportError as error:
+            raise MissingDependencyError("a tracker", extra="train", purpose="watch.trackers") from error
+
+    def on_record(self, record: Mapping[str, Any]) -> None:
+        """Log one entry."""
+        values = {name: value for name, value in record.items() if name != "step"}
+        self._accelerator.log(values, step=int(record["step"]))
+
+    def on_answer(self, name: str, text: str, audio: Any, sampling_rate: int, step: int) -> None:
+        """Log an answer of the talker in text and sound, where the tracker takes them."""
+        for tracker in self._accelerator.trackers:
+            if not self._accelerator.is_main_process:
+                continue
+            if tracker.name == "tensorboard":
+                tracker.writer.add_text(name, text, step)
+                if len(audio):
+                    tracker.writer.add_audio(name, audio[None], step, sample_rate=sampling_rate)
+            elif tracker.name in ("wandb", "trackio"):
+                self._log_media(tracker, name, text, audio, sampling_rate, step)
+
+    def on_end(self) -> None:
+        """Close the trackers."""
+        self._accelerator.end_training()
+
+    def _log_media(
+        self, tracker: Any, name: str, text: str, audio: Any, sampling_rate: int, step: int
+    ) -> None:
+        """The same for trackers that are modules with a class for sound."""
+        import importlib
+
+        module = importlib.import_module(tracker.name)
+        values: dict[str, Any] = {f"{name}/text": text}
+        if len(audio):
+            values[f"{name}/audio"] = module.Audio(audio, sample_rate=sampling_rate)
+        tracker.log(values, step=step)
+
+
+class Watchers(Silent):
+    """Several watchers as one.
+
+    Args:
+        watchers: told in this order.
+    """
+
+    def __init__(self, watchers: Sequence[Watcher]) -> None:
+        self._watchers = watchers
+
+    def on_start(self, step: int, total: int) -> None:
+        """Tell all."""
+        for watcher in self._watchers:
+            watcher.on_start(step, total)
+
+    def on_record(self, record: Mapping[str, Any]) -> None:
+        """Tell all."""
+        for watcher in self._watchers:
+            watcher.on_record(record)
+
+    def on_step(self, step: int) -> None:
+        """Tell all."""
+        for watcher in self._watchers:
+            watcher.on_step(step)
+
+    def on_end(self) -> None:
+        """Tell all."""
+        for watcher in self._watchers:
+            watcher.on_end()
+
+
+def describe_record(record: Mapping[str, Any]) -> str:
+    """Return the figures of an entry of the log in one line."""
+    parts = [f"loss {record['loss']:.4f}"]
+    for row in [name.removesuffix("/accuracy") for name in record if name.endswith("/accuracy")]:
+        short = row.replace("row_", "r")
+        parts.append(f"{short} {record[f'{row}/accuracy']:.0%}")
+    parts.append(f"{record['positions_per_s']:,.0f} tokens/s")
+    parts.append(f"{record['audio_hours_per_h']:.2f} audio h/h")
+    if record["memory_skips"] or record["bad_steps"]:
+        parts.append(f"skipped {record['memory_skips']}+{record['bad_steps']}")
+    return "  ".join(parts)
+
+
+def _scalars(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as flat text and numbers, which is all that trackers take."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            found.update(_scalars(value, f"{prefix}{key}."))
+        else:
+            found[prefix + key] = value if isinstance(value, int | float | bool) else str(value)
+    return found
