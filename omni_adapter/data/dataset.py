@@ -30,6 +30,7 @@ from omni_adapter.data.sources import SourceSpec, Stream, mix, open_source, rena
 from omni_adapter.errors import DataError, RowError
 
 _BLOCK = 1000  # positions in which every source has its exact share
+_AHEAD = 32  # samples that each worker makes ahead at most
 _ATTEMPTS = 20  # rows that are tried for one position
 _ROUNDS = 4  # of the Feistel network that shuffles
 
@@ -249,12 +250,14 @@ class BatchLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield batches from where ``state`` stands; a batch counts as consumed once it is given out."""
+        ahead = max(2, min(_AHEAD, -(-2 * self._size // max(1, self.workers))))
         fetched = iter(
             DataLoader(
                 self._samples,
                 sampler=_Positions(self),
                 batch_size=None,
                 num_workers=self.workers,
+                prefetch_factor=ahead if self.workers else None,
                 collate_fn=_as_is,
                 generator=torch.Generator(),  # keeps the loader from drawing on the global one
             )
@@ -311,7 +314,7 @@ class BatchLoader:
             self.rejects.take(fetched.sample is not None)
         if fetched.sample is None:
             raise DataError(f"{_ATTEMPTS} rows in a row were rejected:\n{self.rejects.report()}")
-        return fetched.sample
+        return _owned(fetched.sample) if self.workers else fetched.sample
 
     def _batches(self, window: Sequence[Sample], number: int) -> list[Batch]:
         """Make the batches of one window."""
@@ -445,6 +448,16 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+def _owned(sample: Sample) -> Sample:
+    """A copy in memory of this process: a tensor from a worker holds a file open, and a window has many."""
+    layout = sample.layout._replace(grid=sample.layout.grid.clone(), labels=sample.layout.labels.clone())
+    recordings = tuple(
+        tuple(window._replace(values=window.values.clone()) for window in recording)
+        for recording in sample.recordings
+    )
+    return sample._replace(layout=layout, recordings=recordings)
 
 
 def _as_is(fetched: Any) -> Any:

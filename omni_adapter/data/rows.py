@@ -67,6 +67,7 @@ REASONS: Mapping[str, str] = {
     "no_task": "neither the row nor its source names a task",
     "no_text_in": "the task reads, but the row has no question",
     "no_text_out": "the task needs a text to learn or to read aloud, but the row has none",
+    "not_spoken": "the synthesizer could not speak the text",
     "outside_root": "a path leaves the folder of the data",
     "too_long": "the sample has more steps than the run allows",
     "unknown_task": "the row names a task that does not exist",
@@ -183,13 +184,21 @@ def parse_row(
         )
     if row.task not in TASKS:
         raise RowError(f"{row.id}: no task is called {row.task!r}", reason="unknown_task")
+    check_needs(row)
+    return row
+
+
+def check_needs(row: Row) -> None:
+    """Check that a row has what its task needs.
+
+    Raises:
+        RowError: naming the first thing that it lacks.
+    """
     for names in NEEDS[row.task]:
         if all(getattr(row, column) is None for column in names if column != "turns"):
-            column = names[0].replace("codes_out", "audio_out")
-            if _text_columns(TASKS[row.task]) == names:
-                column = "text_out"
-            raise RowError(f"{row.id}: {row.task} needs {' or '.join(names)}", reason=f"no_{column}")
-    return row
+            lacks = "text_out" if names == _text_columns(TASKS[row.task]) else names[0]
+            reason = f"no_{lacks.replace('codes_out', 'audio_out')}"
+            raise RowError(f"{row.id}: {row.task} needs {' or '.join(names)}", reason=reason)
 
 
 def read_row(

@@ -26,6 +26,12 @@ from omni_adapter.errors import DataError, MissingDependencyError, RowError
 
 logger = logging.getLogger(__name__)
 
+PLAN_FILE = "plan.json"
+"""Written first into a folder of prepared data."""
+
+TOTALS_FILE = "prepared.json"
+"""Written last into a folder of prepared data."""
+
 _STREAM_BUFFER = 1000  # rows of a stream that are shuffled at a time
 _STREAM_SPARES = 64  # last rows of a stream that can stand in for a reject
 _SAMPLED_BYTES = 1 << 16  # read from both ends of a file for its fingerprint
@@ -86,6 +92,9 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> Mapping[str, Any]:
         """Return one row; a RowError if it cannot be read."""
 
+    def values(self, column: str) -> Iterator[Any]:
+        """Yield one column of all rows, None where a row cannot be read or lacks it."""
+
     def fingerprint(self) -> str:
         """Return a digest that changes when the data do."""
 
@@ -143,6 +152,11 @@ class JsonLines:
             raise RowError(f"{self.name}, row {index}: no JSON object", reason="bad_json")
         return row
 
+    def values(self, column: str) -> Iterator[Any]:
+        """Yield one column of all rows, None where a row cannot be read or lacks it."""
+        for index in range(len(self)):
+            yield (self._try(index) or {}).get(column)
+
     def fingerprint(self) -> str:
         """Return a digest that changes when the data do."""
         return _digest_files(self._files)
@@ -170,6 +184,7 @@ class AudioFolder:
     def __init__(self, folder: Path, files: Sequence[Path]) -> None:
         self.name = str(folder)
         self.root: Path | None = folder
+        self._folder = folder
         self._files = tuple(files)
         self._rows: Source | list[dict[str, Any]]
         if folder / "metadata.jsonl" in files:
@@ -195,9 +210,21 @@ class AudioFolder:
         file_name = row.pop("file_name", None)
         return {"id": file_name, "audio": file_name, **row}
 
+    def values(self, column: str) -> Iterator[Any]:
+        """Yield one column of all rows, None where a row cannot be read or lacks it."""
+        for index in range(len(self)):
+            try:
+                yield self[index].get(column)
+            except RowError:
+                yield None
+
     def fingerprint(self) -> str:
-        """Return a digest that changes when the data do."""
-        return _digest_files(self._files)
+        """Return a digest of names, sizes and metadata; there are too many recordings to read."""
+        digest = hashlib.sha256()
+        for file in self._files:
+            digest.update(f"{file.relative_to(self._folder)} {file.stat().st_size}\n".encode())
+        metadata = [file for file in self._files if file.name.startswith("metadata.")]
+        return hashlib.sha256((digest.hexdigest() + _digest_files(metadata)).encode()).hexdigest()
 
 
 class Table:
@@ -230,6 +257,14 @@ class Table:
     def __getitem__(self, index: int) -> Mapping[str, Any]:
         row: Mapping[str, Any] = self._dataset[index]
         return row
+
+    def values(self, column: str) -> Iterator[Any]:
+        """Yield one column of all rows, None where a row lacks it."""
+        if column not in self.columns:
+            yield from (None for _ in range(len(self)))
+            return
+        for row in self._dataset.select_columns([column]):
+            yield row[column]
 
     def fingerprint(self) -> str:
         """Return a digest that changes when the data do."""
@@ -342,13 +377,16 @@ def _open(spec: SourceSpec, *, seed: int) -> Source | Stream:
     shuffle_seed = seed if spec.shuffle else None
     if files is None:
         return _open_hub(spec, shuffle_seed)
-    kinds = {_kind(file) for file in files} - {""}
-    if "json" in kinds and "audio" not in kinds and not spec.streaming:
-        return JsonLines([file for file in files if _kind(file) == "json"], name=spec.path)
+    kinds, folder = {_kind(file) for file in files} - {""}, Path(spec.path)
+    if folder / PLAN_FILE in files and folder / TOTALS_FILE not in files:
+        raise DataError(
+            f"{spec.path} is not finished: run recipes/prepare.py again, it goes on where it stopped"
+        )
     if "parquet" in kinds:
         return _open_parquet(spec, [file for file in files if _kind(file) == "parquet"], shuffle_seed)
+    if "json" in kinds and "audio" not in kinds and not spec.streaming:
+        return JsonLines([file for file in files if _kind(file) == "json"], name=spec.path)
     datasets = _datasets()
-    folder = Path(spec.path)
     if (folder / "state.json").is_file() and "arrow" in kinds:
         return Table(_one_split(datasets.load_from_disk(spec.path), spec), name=spec.path, files=files)
     if "audio" in kinds and folder.is_dir():

@@ -1,0 +1,144 @@
+"""Encode a data set's recordings once, so that training reads codes instead of sound.
+
+    python recipes/prepare.py data/stories --out stories-codes --column audio=audio_out --column text=text_out
+    accelerate launch recipes/prepare.py chats.jsonl --out chats-codes --speak audio_out --voice flite:slt
+
+The source is a folder or file of audio, JSON lines or parquet, or a data set of the Hub. A killed run goes on
+where it stopped when the same command is run again. Bad rows are listed in quarantine.jsonl; too many of them
+end the run.
+"""
+
+import logging
+import sys
+from typing import Annotated
+
+import typer
+from accelerate import PartialState
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+from omni_adapter import SnacCodec
+from omni_adapter.config import parse
+from omni_adapter.data.prepare import Preparation, PrepareSettings, Totals
+from omni_adapter.data.sources import SourceSpec
+from omni_adapter.data.synthesis import make_synthesizer
+from omni_adapter.errors import OmniError
+
+SECONDS_AN_HOUR = 3600
+
+
+class Rate(ProgressColumn):
+    """Rows a second, over the last minute."""
+
+    def render(self, task: Task) -> Text:
+        """Return the rate, once there is one."""
+        return Text(f"{task.speed:.1f} rows/s" if task.speed else "")
+
+
+def prepare(  # noqa: PLR0913 - one option each
+    source: Annotated[str, typer.Argument(help="file, folder or Hub id")],
+    out: Annotated[str, typer.Option(help="folder to write")],
+    task: Annotated[str | None, typer.Option(help="task that every row must be able to serve")] = None,
+    column: Annotated[list[str] | None, typer.Option(help="theirs=ours; repeatable")] = None,
+    codec: Annotated[str, typer.Option(help="codec: Hub id or folder")] = "hubertsiuzdak/snac_24khz",
+    speak: Annotated[
+        list[str] | None, typer.Option(help="audio_in or audio_out: speak it where missing")
+    ] = None,
+    voice: Annotated[
+        str, typer.Option(help="espeak-ng[:voice], flite[:voice] or transformers:MODEL")
+    ] = "espeak-ng",
+    split: Annotated[str, typer.Option(help="split of a Hub data set")] = "train",
+    limit: Annotated[int | None, typer.Option(help="only so many rows")] = None,
+    shard_rows: Annotated[int, typer.Option(help="rows of a shard")] = PrepareSettings.shard_rows,
+    max_bad: Annotated[float, typer.Option(help="largest share of bad rows")] = PrepareSettings.max_bad,
+    max_seconds: Annotated[float, typer.Option(help="longest recording")] = PrepareSettings.max_seconds,
+) -> None:
+    """Encode recordings into sharded parquet; speak texts that have none."""
+    state = PartialState()
+    columns = dict(pair.split("=", 1) for pair in column or () if "=" in pair)
+    spec = parse(
+        SourceSpec,
+        {"path": source, "task": task, "columns": columns, "split": split, "limit": limit},
+        source="command line",
+    )
+    settings = parse(
+        PrepareSettings,
+        {
+            "shard_rows": shard_rows,
+            "max_bad": max_bad,
+            "max_seconds": max_seconds,
+            "speak": tuple(speak or ()),
+        },
+        source="command line",
+    )
+    with state.main_process_first():
+        work = Preparation(
+            spec,
+            out,
+            codec=SnacCodec.from_pretrained(codec).to(state.device),
+            settings=settings,
+            synthesizer=make_synthesizer(voice, device=state.device) if speak else None,
+        )
+        pending = work.pending()
+    state.wait_for_everyone()
+    # Every process keeps its share; what one of them loses, the next run makes up for.
+    with state.split_between_processes(pending) as mine:
+        run(work, mine, show=state.is_main_process)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        report(work.finish(), out)
+
+
+def run(work: Preparation, shards: list[int], *, show: bool) -> None:
+    """Make shards under a bar with rate and time left."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        Rate(),
+        TextColumn("{task.fields[hours]:.2f} h of speech"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, disable=not show, speed_estimate_period=60) as bar:
+        size = work.settings.shard_rows
+        total = sum(min(size, work.num_rows - shard * size) for shard in shards)
+        done = bar.add_task("prepare", total=total, hours=0.0)
+        seconds = 0.0
+
+        def advance(rows: int, more: float) -> None:
+            nonlocal seconds
+            seconds += more
+            bar.update(done, advance=rows, hours=seconds / SECONDS_AN_HOUR)
+
+        work.run(shards, progress=advance)
+
+
+def report(totals: Totals, out: str) -> None:
+    """Say what was made."""
+    hours = {name: seconds / SECONDS_AN_HOUR for name, seconds in totals.seconds.items()}
+    print(
+        f"{totals.rows} rows in {out}: {hours['seconds_in']:.2f} h of questions, "
+        f"{hours['seconds_out']:.2f} h of answers; {totals.rejected} rows in quarantine"
+    )
+
+
+def main() -> None:
+    """Run the command; problems with the data or the settings are one message, not a traceback."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        typer.run(prepare)
+    except OmniError as error:
+        print(error, file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
