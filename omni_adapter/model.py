@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from omni_adapter.audio.clips import Clips
@@ -124,14 +125,20 @@ class OmniModel(nn.Module):
     def hear(self, clips: Clips) -> list[Tensor]:
         """Return the embeddings of each recording, [A, D] each."""
         padding = self.config.encoder_padding
-        frames, lengths = self.audio_encoder(clips.features, clips.lengths, padding=padding)  # [W, A', E], [W]
+        frames, lengths = self.audio_encoder(
+            clips.features, clips.lengths, padding=padding
+        )  # [W, A', E], [W]
         windows = [window[:length] for window, length in zip(frames, lengths.tolist(), strict=True)]
-        heard, first = [], 0
+        recordings, steps, first = [], [], 0
         for count in clips.windows:
             recording = torch.cat(windows[first : first + count])  # [A', E]
-            heard.append(self.audio_adapter(recording[None].to(self.code_embedding.weight.dtype))[0])
+            steps.append(self.audio_adapter.num_steps(recording.shape[0]))
+            missing = steps[-1] * self.audio_adapter.stack - recording.shape[0]
+            recordings.append(F.pad(recording, (0, 0, 0, missing)))
             first += count
-        return heard
+        # One call for all: processes that share sharded weights must call each module equally often.
+        together = torch.cat(recordings)[None].to(self.code_embedding.weight.dtype)
+        return list(self.audio_adapter(together)[0].split(steps))
 
     def embed(
         self, grid: Tensor, *, places: Sequence[tuple[int, int, int]] = (), heard: Sequence[Tensor] = ()

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any, Literal, NamedTuple, Protocol
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
@@ -224,10 +225,13 @@ class TrainingModel(nn.Module):
         def score(chunk: Tensor, piece: slice) -> tuple[Tensor, Tensor]:
             return _apply(_Scored, self.model.backbone.project(chunk[None])[0], criterion, piece)
 
-        size = self._chunk_size(self.model.backbone.vocab_size)
+        count = states.shape[0]
+        pieces = list(_pieces(count, self._chunk_size(self.model.backbone.vocab_size)))
+        # Processes that share sharded weights must call each module equally often, be it with empty pieces.
+        pieces += [slice(count, count)] * (_most(len(pieces), states.device) - len(pieces))
         results = [
             checkpoint(score, states[piece], piece, use_reentrant=False, preserve_rng_state=False)
-            for piece in _pieces(states.shape[0], size)
+            for piece in pieces
         ]
         losses, reports = zip(*results, strict=True)
         return torch.stack(losses).sum(dim=0), torch.stack(reports).sum(dim=0)
@@ -527,6 +531,15 @@ def _add_outer(total: Tensor, gradient: Tensor, states: Tensor) -> None:
 def _pieces(count: int, size: int) -> Iterator[slice]:
     """Cut ``count`` into pieces of ``size``."""
     return (slice(start, min(start + size, count)) for start in range(0, count, size))
+
+
+def _most(count: int, device: torch.device) -> int:
+    """The largest ``count`` of all processes that learn together."""
+    if not (torch.is_grad_enabled() and dist.is_available() and dist.is_initialized()):
+        return count
+    most = torch.tensor(count, device=device)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    return int(most)
 
 
 def _learns(module: nn.Module) -> bool:
