@@ -1,20 +1,21 @@
 """Every causal-LM family of transformers behind ``Backbone``, tiny and random.
 
-A check is one function of a backbone; a new one is a new entry of ``CHECKS``. ``POPULAR`` families run always, all of
-them with ``-m all_families``, which also prints one line per family: wrapped, or refused and why.
+A check is one function of a backbone; a new one is a new entry of ``CHECKS``. ``POPULAR`` families run
+always, all of them with ``-m all_families``, which also prints one line per family: wrapped, or refused and why.
 """
 
 import copy
 import gc
 import re
+import sys
 
 import pytest
 import torch
-from tests.families import ALL_FAMILIES, POPULAR, build_family, build_fresh
 from torch import Tensor, nn
 
 from omni_adapter.backbone import Backbone
 from omni_adapter.errors import BackboneError
+from tests.families import ALL_FAMILIES, POPULAR, build_family, build_fresh
 
 REFUSED = {
     "blt": "input_ids is required for entropy-based patching",
@@ -39,13 +40,25 @@ NOT_BUILT = {
 """Entries of the mapping whose tiny model cannot be built here, and why."""
 
 INEXACT_PADDING = {
-    "bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "git", "marian", "mbart", "mvp", "pegasus", "plbart",
-    "reformer", "rwkv", "trocr", "whisper",
+    "bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "git", "marian", "mbart", "mvp", "pegasus",
+    "plbart", "reformer", "rwkv", "trocr",
 }  # fmt: skip
 """Families whose learned positions or states do not heed left padding."""
 
 REPLAYED = {"openai-gpt", "qwen4_exp", "qwen4_exp_text", "recurrent_gemma", "rwkv"}
 """Families that keep no state, keep it inside the model, or get cached batches wrong."""
+
+
+INFERENCE_ONLY = {"reformer"}
+"""Families through which no gradient flows in evaluation mode."""
+
+POSITIONS_OF_GENERATE_DIFFER = {
+    "camembert", "data2vec-text", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod",
+}  # fmt: skip
+"""Families whose generate() counts positions from 0 where their forward counts from after the padding id."""
+
+HEADS_WITH_A_TRANSFORM = {"electra", "modernbert-decoder"}
+"""Families whose head is more than one linear layer, the last of which is not nested in it."""
 
 
 def sample_ids(rows: int, steps: int) -> Tensor:
@@ -87,8 +100,10 @@ def check_hidden_is_what_enters_the_head(backbone: Backbone) -> None:
     assert last.hidden.shape == (1, 7, backbone.hidden_width)
     torch.testing.assert_close(last.logits, whole.logits[:, -1:])
     assert torch.equal(last.hidden, whole.hidden)
+    family = backbone.lm.config.model_type
     name = next(name for name, module in backbone.lm.named_modules() if module is head)
-    if "." not in name and seen[0].shape == whole.hidden.shape:  # no transform before it; some scale or cast
+    # No transform comes before a head at the top of the model, but some LMs scale the hidden state.
+    if "." not in name and family not in HEADS_WITH_A_TRANSFORM:
         kept = whole.hidden.abs() > 1e-2
         ratio = (seen[0] / whole.hidden)[kept]
         torch.testing.assert_close(ratio, ratio[:1].expand_as(ratio), rtol=1e-3, atol=1e-4)
@@ -98,6 +113,8 @@ def check_hidden_is_what_enters_the_head(backbone: Backbone) -> None:
 def check_greedy_text_is_that_of_generate(backbone: Backbone) -> None:
     ids = sample_ids(1, 7)
     lm = backbone.lm
+    if lm.config.model_type in POSITIONS_OF_GENERATE_DIFFER:
+        return
     try:
         expected = lm.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, min_new_tokens=12, do_sample=False
@@ -162,6 +179,8 @@ def check_rows_of_a_cache_can_be_selected(backbone: Backbone) -> None:
 
 def check_gradient_reaches_the_embeddings(backbone: Backbone) -> None:
     embeddings = backbone.embed(sample_ids(1, 5)).detach().requires_grad_()
+    if backbone.lm.config.model_type in INFERENCE_ONLY:
+        return
     output = backbone(embeddings)
     (output.hidden.square().mean() + output.logits.square().mean()).backward()
     backbone.zero_grad(set_to_none=True)
@@ -194,7 +213,8 @@ def run_all_checks(family: str) -> None:
 
 
 def check_lora(family: str) -> None:
-    lm = build_fresh(family)
+    # Frozen first, as torch picks other kernels, and so other last bits, for weights that learn.
+    lm = build_fresh(family).requires_grad_(False)
     twin = copy.deepcopy(lm)
     backbone = Backbone(lm)
     ids = sample_ids(2, 6)
@@ -248,7 +268,8 @@ def test_family(family):
             check_refused(family)
         else:
             run_all_checks(family)
-            check_lora(family)
+            if family not in INFERENCE_ONLY:
+                check_lora(family)
     finally:
         build_family.cache_clear()
         gc.collect()
@@ -256,7 +277,8 @@ def test_family(family):
 
 @pytest.mark.all_families
 def test_every_family_is_wrapped_or_refused_with_a_reason(capsys):
-    lines = []
+    lines: list[str] = []
+    unexpected: list[str] = []
     for family in ALL_FAMILIES:
         if family in NOT_BUILT:
             lines.append(f"{family:28} not built  {NOT_BUILT[family]}")
@@ -266,9 +288,9 @@ def test_every_family_is_wrapped_or_refused_with_a_reason(capsys):
             lines.append(f"{family:28} wrapped")
         except BackboneError as error:
             lines.append(f"{family:28} refused    {error}")
-            assert re.search(REFUSED.get(family, "^$"), str(error)), f"{family}: {error}"
+            unexpected += [] if re.search(REFUSED.get(family, "^$"), str(error)) else lines[-1:]
     with capsys.disabled():
-        print("", *lines, sep="\n")
-    assert sum(line.endswith("wrapped") for line in lines) == len(ALL_FAMILIES) - len(REFUSED) - len(
-        NOT_BUILT
-    )
+        sys.stdout.write("\n" + "\n".join(lines) + "\n")
+    assert not unexpected
+    wrapped = sum(line.endswith("wrapped") for line in lines)
+    assert wrapped == len(ALL_FAMILIES) - len(REFUSED) - len(NOT_BUILT)
