@@ -58,6 +58,25 @@ PARTS = ("base", "encoder", "codec")
 _MAX_JSON_BYTES = 1 << 20
 _MAX_JSON_DEPTH = 32
 _MAX_LAYERS = 1000
+_FEATURE_LIMITS = {  # far above any encoder's, far below what fills the memory
+    "chunk_length": 3600,
+    "feature_size": 1000,
+    "hop_length": 100_000,
+    "n_fft": 100_000,
+    "sampling_rate": 1_000_000,
+}
+_LORA_FILE = "adapter_config.json"
+# Settings of PEFT that import modules by name, read other files, or add more than LoRA.
+_LORA_REFUSED = (
+    "auto_mapping",
+    "corda_config",
+    "eva_config",
+    "layer_replication",
+    "loftq_config",
+    "megatron_config",
+    "modules_to_save",
+    "trainable_token_indices",
+)
 _PART_SUFFIXES = ("safetensors", "json", "jinja", "txt", "model")
 _RESERVED_ARGUMENTS = ("config", "output_loading_info", "trust_remote_code", "use_safetensors")
 
@@ -346,14 +365,16 @@ def load_added(folder: Path, model: OmniModel) -> None:
     """Load added weights and LoRA into a freshly built model.
 
     Raises:
-        CheckpointError: if tensors are unknown, missing, wrongly shaped or not finite.
+        CheckpointError: if tensors are unknown, missing, wrongly shaped or not finite, or the settings beside
+            them are out of range.
     """
+    _check_features(folder / FEATURES_FILE)
     own = dict(model.added_parameters())
     expected = {name: tuple(parameter.shape) for name, parameter in own.items()}
     for name, tensor in read_safetensors(folder / WEIGHTS_FILE, expected=expected).items():
         own[name].data.copy_(tensor)
     if (folder / LORA_FOLDER).is_dir():
-        _read_json(folder / LORA_FOLDER / "adapter_config.json")
+        _check_lora(folder / LORA_FOLDER / _LORA_FILE, max_rank=model.config.hidden_width)
         model.backbone.load_lora(folder / LORA_FOLDER)
 
 
@@ -632,6 +653,29 @@ def _download(name: str, options: HubOptions, inside: PurePosixPath, without: Co
         )
     except _HUB_ERRORS as error:
         raise CheckpointError(_unreachable(name, error)) from error
+
+
+def _check_features(path: Path) -> None:
+    values = _read_json(path)
+    for name, limit in _FEATURE_LIMITS.items():
+        value = values.get(name, 1)
+        if not isinstance(value, int | float) or not 0 < value <= limit:
+            raise CheckpointError(f"{path}: {name} must be above 0 and at most {limit}, got {_short(value)}")
+
+
+def _check_lora(path: Path, *, max_rank: int) -> None:
+    values = _read_json(path)
+    refused = [name for name in _LORA_REFUSED if values.get(name)]
+    if refused:
+        raise CheckpointError(f"{path} sets {', '.join(refused)}, which the LoRA of a talker does not have")
+    if not isinstance(values.get("target_modules"), list):
+        raise CheckpointError(f"{path}: target_modules must be a list of names")
+    if not isinstance(values.get("init_lora_weights", True), bool):
+        raise CheckpointError(f"{path}: init_lora_weights must be true or false")
+    pattern = values.get("rank_pattern") or {}
+    ranks = [values.get("r"), *(pattern.values() if isinstance(pattern, dict) else [None])]
+    if not all(isinstance(rank, int) and 0 < rank <= max_rank for rank in ranks):
+        raise CheckpointError(f"{path}: ranks must be from 1 to {max_rank}, got {_short(ranks)}")
 
 
 def _moved(ref: PartRef, place: str) -> PartRef:

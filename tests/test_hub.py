@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from examples.untrained_talker import make_parts
 from omni_adapter import BackboneError, CheckpointError, ConfigError, HubOptions, OmniAdapter, SnacCodec, hub
+from omni_adapter.model_card import read_license
 from tests.fake_hub import TOKEN, FakeHub
 
 BASE, ENCODER, CODEC = "org/base", "org/encoder", "org/codec"
@@ -44,6 +45,16 @@ def part_folders(tmp_path_factory) -> dict[str, Path]:
     parts.whisper.save_pretrained(folder / "encoder")
     SnacCodec.from_model(parts.snac).save_pretrained(folder / "codec")
     return {BASE: folder / "base", ENCODER: folder / "encoder", CODEC: folder / "codec"}
+
+
+@pytest.fixture(scope="session")
+def lora_folder(part_folders, tmp_path_factory) -> Path:
+    """A saved talker with LoRA."""
+    talker = wrap(part_folders[BASE], encoder=part_folders[ENCODER], codec=part_folders[CODEC])
+    talker.model.backbone.add_lora(2)
+    folder = tmp_path_factory.mktemp("lora")
+    talker.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture
@@ -276,6 +287,40 @@ def test_a_strangers_talker_names_nothing_on_this_machine(server, wrapped, part,
         OmniAdapter.from_pretrained("me/talker")
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"r": 10**9}, r"ranks must be from 1 to 64, got \[1000000000\]"),
+        ({"rank_pattern": {"q_proj": 10**9}}, "ranks must be from 1 to 64"),
+        ({"target_modules": "(a+)+$"}, "target_modules must be a list of names"),
+        (
+            {"megatron_config": {}, "megatron_core": "antigravity", "modules_to_save": ["lm_head"]},
+            "sets modules_to_save",
+        ),
+        ({"megatron_config": {"a": 1}, "megatron_core": "antigravity"}, "sets megatron_config"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights must be true or false"),
+        ({"peft_type": "IA3"}, "LoRA was expected|IA3"),
+    ],
+)
+def test_hostile_lora(lora_folder, tmp_path, values, message):
+    shutil.copytree(lora_folder, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "lora" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+    with pytest.raises((CheckpointError, BackboneError), match=message):
+        OmniAdapter.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "values", [{"n_fft": 10**10}, {"chunk_length": -1}, {"feature_size": "x"}, {"hop_length": 0}]
+)
+def test_hostile_features(talker_folder, tmp_path, values):
+    shutil.copytree(talker_folder, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "preprocessor_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+    with pytest.raises(CheckpointError, match=f"{next(iter(values))} must be above 0 and at most"):
+        OmniAdapter.from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize("subfolder", ["..", "a/../../b", "/etc", "a\\b"])
 def test_subfolders_stay_inside(tmp_path, subfolder):
     with pytest.raises(CheckpointError, match="subfolder must be a folder inside"):
@@ -294,8 +339,10 @@ def test_a_push_is_one_commit_of_what_was_added(server, wrapped):
     assert server.large_files  # the weights went another way than the config, and still into the one commit
 
 
-@pytest.mark.parametrize("place", ["break_commit_at", "break_upload_at"])
-@pytest.mark.parametrize("at", [0, 100, 3000])
+@pytest.mark.parametrize(
+    ("place", "at"),
+    [("break_commit_at", 0), ("break_commit_at", 3000), ("break_upload_at", 0), ("break_upload_at", 3000)],
+)
 def test_a_push_that_breaks_off_changes_nothing_and_can_be_repeated(server, wrapped, tmp_path, place, at):
     wrapped.save_pretrained(tmp_path / "talker")
     before = bytes_of(tmp_path / "talker")
@@ -502,7 +549,13 @@ OLD = {
     "base/a": "old",
     "lora/a": "old",
 }
-NEW = {"omni_config.json": "{}", "omni_model.safetensors": "new", "README.md": "new", "lora/b": "new"}
+NEW = {
+    "omni_config.json": "{}",
+    "omni_model.safetensors": "new",
+    "README.md": "new",
+    "lora/b": "new",
+    "preprocessor_config.json": "{}",
+}
 OTHERS = {"notes.txt": "mine", "codec/b": "mine"}
 
 
@@ -542,7 +595,7 @@ def test_a_save_that_is_killed_at_any_call_leaves_one_whole_talker(tmp_path):
         folder = tmp_path / str(step)
         write(folder, {**OLD, **OTHERS})
         died = save_and_die(folder, step)
-        hub.fetch_folder(folder, options=HubOptions())  # as from_pretrained does first
+        hub.fetch_folder(folder, options=HubOptions())  # what from_pretrained does first
         left = {
             name: content.decode()
             for name, content in bytes_of(folder).items()
@@ -594,28 +647,32 @@ def test_the_card_states_base_licence_tasks_and_size(wrapped, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("card", "licence", "shown"),
+    ("card", "licence"),
     [
-        (None, None, "other"),
-        (b"no metadata", None, "other"),
-        (b"---\nlicense: [mit\n---\n", None, "other"),
-        (b"---\nlicense: {a: b}\n---\n", None, "other"),
-        (b"---\nlicense: [mit, apache-2.0]\n---\n", "mit, apache-2.0", "other"),
-        (b"---\nlicense: other\n---\n", "other", "other"),
-        (b"---\nlicense: mit\n---\n" + b"x" * (1 << 20), None, "other"),
-        (b"---\nlicense: mit\n---\n", "mit", "mit"),
+        (None, None),
+        ("no metadata", None),
+        ("---\nlicense: [mit\n---\n", None),
+        ("---\nlicense: {a: b}\n---\n", None),
+        ("---\nlicense: [mit, apache-2.0]\n---\n", "mit, apache-2.0"),
+        ("---\nlicense: mit\n---\n" + "x" * (1 << 20), None),
+        ("---\nlicense: mit\n---\n", "mit"),
     ],
 )
-def test_licences_of_all_kinds(server, part_folders, tmp_path, card, licence, shown):
+def test_licences_of_all_kinds(tmp_path, card, licence):
+    if card is not None:
+        (tmp_path / "README.md").write_text(card)
+    assert read_license(tmp_path / "README.md") == licence
+
+
+@pytest.mark.parametrize("card", [{}, {"README.md": b"---\nlicense: [mit, apache-2.0]\n---\n"}])
+def test_the_licence_of_a_base_that_states_none_or_two(server, part_folders, tmp_path, card):
     files = bytes_of(part_folders[BASE])
     del files["README.md"]
-    server.commit(BASE, {**files, **({"README.md": card} if card else {})})
-    talker = wrap()
-    assert talker.config.base.license == licence
-    talker.save_pretrained(tmp_path / "talker")
+    server.commit(BASE, {**files, **card})
+    wrap().save_pretrained(tmp_path / "talker")
     metadata = metadata_of((tmp_path / "talker" / "README.md").read_text())
-    assert metadata["license"] == shown
-    assert ("license_name" in metadata) == (shown == "other")
+    assert (metadata["license"], metadata["license_name"]) == ("other", "that-of-the-base-model")
+    assert metadata["license_link"] == f"https://huggingface.co/{BASE}"
 
 
 def test_the_card_carries_figures_samples_and_data(wrapped, question, tmp_path):
