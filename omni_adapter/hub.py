@@ -587,7 +587,9 @@ def _load_tokenizer(name: str, options: HubOptions) -> Any:
 def _check_base_config(name: str, options: HubOptions) -> None:
     """Refuse a config that is too large or too deep, or that needs code from its repository."""
     path = cached_file(name, "config.json", **options.arguments())
-    values = _read_json(Path(str(path)))
+    if path is None:
+        raise BackboneError(f"{name} holds no config.json, so it is no model of transformers")
+    values = _read_json(Path(path))
     if "auto_map" in values and values.get("model_type") not in CONFIG_MAPPING:
         raise BackboneError(
             f"{name} needs code from its repository (auto_map in its config), which is never run; "
