@@ -584,9 +584,10 @@ def show(diagnosis: Diagnosis, console: Console) -> None:
                 console.print(Padding(Text(f"· {line}", style=style), (0, 0, 0, 2)))
             console.print()
     if diagnosis.missing:
-        console.print(Text(f"{base.name} cannot be wrapped as it is.", style="bold red"))
+        verdict = Text(f"{base.name} cannot be wrapped as it is.", style="bold red")
     else:
-        console.print(Text(f"{base.name} can be wrapped.", style="bold green"))
+        verdict = Text(f"{base.name} can be wrapped.", style="bold green")
+    console.print(verdict, soft_wrap=True)
 
 
 def _base_rows(base: BaseFacts) -> list[tuple[str, str]]:

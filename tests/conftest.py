@@ -24,6 +24,7 @@ def _offline():
     """No test asks the Hub for anything; one that tries fails at once."""
     patch = pytest.MonkeyPatch()
     patch.setenv("HF_HUB_OFFLINE", "1")
+    patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # read once, maybe before this fixture
     yield
     patch.undo()
 
