@@ -1,6 +1,7 @@
 """The chunked loss equals the plain one in value and gradient, however batches are cut, packed or sharded."""
 
 import math
+from collections import Counter
 from collections.abc import Callable
 
 import pytest
@@ -238,6 +239,31 @@ def test_every_weight_has_a_gradient_whatever_the_batch_holds(family, task):
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
     unheard = next(model.audio_adapter.parameters()).grad
     assert bool(unheard.any()) == TASKS[task].hears
+
+
+def calls_of_modules(training: TrainingModel, batch: Batch) -> Counter[str]:
+    """How often each module is called in a pass forward and back."""
+    calls: Counter[str] = Counter()
+    handles = [
+        module.register_forward_hook(lambda *_, name=name: calls.update([name]))
+        for name, module in training.named_modules()
+    ]
+    training(batch).total().backward()
+    for handle in handles:
+        handle.remove()
+    return calls
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_modules_are_called_equally_often_whatever_the_batch_holds(family):
+    """Where weights are sharded, each call gathers some, and all processes must take part."""
+    model = build_model(family)
+    prepare_stage(model, "finetune")
+    training = TrainingModel(model)
+    batches = [["asr"] * 3, ["tts"], ["text_to_text"] * 2, ["speech_to_speech", "text_to_speech"]]
+    first, *others = (calls_of_modules(training, make_batch(rules_of(model), tasks)) for tasks in batches)
+    assert first["model.audio_adapter"] == first["model.code_heads.proj"] == 1
+    assert all(other == first for other in others)
 
 
 def test_text_stage_leaves_the_speaking_parts_out(monkeypatch):
