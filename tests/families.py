@@ -283,7 +283,7 @@ def build_family(model_type: str) -> PreTrainedModel:
 
 
 def build_fresh(model_type: str, **changes: Any) -> PreTrainedModel:
-    """Build a family's tiny model with seeded random weights, ready for inference; ``changes`` go into its config."""
+    """Build a family's tiny model, random and ready for inference; ``changes`` go into its config."""
     config = tiny_config(model_type, **changes)
     torch.manual_seed(0)
     if (part := DECODER_PARTS.get(model_type)) is not None:
