@@ -125,19 +125,22 @@ class OmniModel(nn.Module):
     def hear(self, clips: Clips) -> list[Tensor]:
         """Return the embeddings of each recording, [A, D] each."""
         padding = self.config.encoder_padding
-        frames, lengths = self.audio_encoder(
-            clips.features, clips.lengths, padding=padding
-        )  # [W, A', E], [W]
-        windows = [window[:length] for window, length in zip(frames, lengths.tolist(), strict=True)]
+        dtype, windows = self.code_embedding.weight.dtype, []
+        if clips.lengths.numel():
+            frames, lengths = self.audio_encoder(
+                clips.features, clips.lengths, padding=padding
+            )  # [W, A', E], [W]
+            windows = [window[:length] for window, length in zip(frames, lengths.tolist(), strict=True)]
         recordings, steps, first = [], [], 0
-        for count in clips.windows:
-            recording = torch.cat(windows[first : first + count])  # [A', E]
+        for count, cached in zip(clips.windows, clips.frames or (None,) * len(clips.windows), strict=True):
+            recording = torch.cat(windows[first : first + count]) if cached is None else cached  # [A', E]
+            recording = recording.to(dtype)
             steps.append(self.audio_adapter.num_steps(recording.shape[0]))
             missing = steps[-1] * self.audio_adapter.stack - recording.shape[0]
             recordings.append(F.pad(recording, (0, 0, 0, missing)))
             first += count
         # One call for all: processes that share sharded weights must call each module equally often.
-        together = torch.cat(recordings)[None].to(self.code_embedding.weight.dtype)
+        together = torch.cat(recordings)[None]
         return list(self.audio_adapter(together)[0].split(steps))
 
     def embed(

@@ -10,8 +10,9 @@ end the run.
 
 import logging
 import sys
-from typing import Annotated
+from typing import Annotated, cast, get_args
 
+import torch
 import typer
 from accelerate import PartialState
 from rich.progress import (
@@ -24,15 +25,42 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.text import Text
+from torch import Tensor
 
 from omni_adapter import SnacCodec
-from omni_adapter.config import parse
+from omni_adapter.audio.clips import Clips, encoder_mark
+from omni_adapter.config import EncoderPadding, parse
 from omni_adapter.data.prepare import Preparation, PrepareSettings, Totals
 from omni_adapter.data.sources import SourceSpec
 from omni_adapter.data.synthesis import make_synthesizer
-from omni_adapter.errors import OmniError
+from omni_adapter.errors import ConfigError, OmniError
+from omni_adapter.modules.audio_encoder import AudioEncoder
 
 SECONDS_AN_HOUR = 3600
+
+
+class Encoder:
+    """An audio encoder that turns waveforms into frames."""
+
+    def __init__(self, name: str, *, padding: EncoderPadding, device: torch.device) -> None:
+        self._encoder, self._padding = AudioEncoder.from_pretrained(name).to(device), padding
+        self._log_mel = self._encoder.log_mel()
+        self.mark = encoder_mark(self._encoder.fingerprint(), padding=padding)
+
+    @torch.no_grad()
+    def frames(self, waveform: Tensor) -> Tensor:
+        """Return frames [A', E] of a waveform [N]."""
+        device = next(self._encoder.parameters()).device
+        clips = Clips.of([self._log_mel.windows(waveform, padding=self._padding)]).to(device)
+        frames, lengths = self._encoder(clips.features, clips.lengths, padding=self._padding)
+        return torch.cat([window[:length] for window, length in zip(frames, lengths.tolist(), strict=True)])
+
+
+def make_encoder(name: str | None, padding: str, device: torch.device) -> Encoder | None:
+    """The encoder that was asked for."""
+    if padding not in get_args(EncoderPadding):
+        raise ConfigError(f"padding must be one of {', '.join(get_args(EncoderPadding))}, got {padding!r}")
+    return Encoder(name, padding=cast(EncoderPadding, padding), device=device) if name else None
 
 
 class Rate(ProgressColumn):
@@ -49,6 +77,10 @@ def prepare(  # noqa: PLR0913 - one option each
     task: Annotated[str | None, typer.Option(help="task that every row must be able to serve")] = None,
     column: Annotated[list[str] | None, typer.Option(help="theirs=ours; repeatable")] = None,
     codec: Annotated[str, typer.Option(help="codec: Hub id or folder")] = "hubertsiuzdak/snac_24khz",
+    encoder: Annotated[
+        str | None, typer.Option(help="audio encoder: keep its frames of questions too")
+    ] = None,
+    padding: Annotated[str, typer.Option(help="the talker's: true_length or window")] = "true_length",
     speak: Annotated[
         list[str] | None, typer.Option(help="audio_in or audio_out: speak it where missing")
     ] = None,
@@ -85,6 +117,7 @@ def prepare(  # noqa: PLR0913 - one option each
             out,
             codec=SnacCodec.from_pretrained(codec).to(state.device),
             settings=settings,
+            listener=make_encoder(encoder, padding, state.device),
             synthesizer=make_synthesizer(voice, device=state.device) if speak else None,
         )
         pending = work.pending()

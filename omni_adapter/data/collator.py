@@ -11,8 +11,7 @@ from typing import Literal, NamedTuple, Self
 import torch
 from torch import Tensor
 
-from omni_adapter.audio.clips import Clips
-from omni_adapter.audio.features import Features
+from omni_adapter.audio.clips import Clips, Recording
 from omni_adapter.data.layout import GridRules, Layout
 from omni_adapter.vocab import IGNORE_INDEX
 
@@ -24,7 +23,7 @@ class Sample(NamedTuple):
     """One prompt, with or without its answer, and the recordings in it."""
 
     layout: Layout
-    recordings: tuple[Sequence[Features], ...] = ()
+    recordings: tuple[Recording, ...] = ()
     id: str = ""
 
 

@@ -21,6 +21,7 @@ from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from omni_adapter.audio.clips import Frames
 from omni_adapter.config import NotNegative, Positive
 from omni_adapter.data.collator import Batch, Sample, collate
 from omni_adapter.data.layout import GridRules
@@ -454,7 +455,9 @@ def _owned(sample: Sample) -> Sample:
     """A copy in memory of this process: a tensor from a worker holds a file open, and a window has many."""
     layout = sample.layout._replace(grid=sample.layout.grid.clone(), labels=sample.layout.labels.clone())
     recordings = tuple(
-        tuple(window._replace(values=window.values.clone()) for window in recording)
+        recording._replace(values=recording.values.clone())
+        if isinstance(recording, Frames)
+        else tuple(window._replace(values=window.values.clone()) for window in recording)
         for recording in sample.recordings
     )
     return sample._replace(layout=layout, recordings=recordings)

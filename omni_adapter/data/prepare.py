@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 import soundfile
@@ -86,6 +86,17 @@ _FREE_TO_CHANGE = ("max_bad", "decode_memory_bytes", "decode_timeout_s")
 """Settings that a run may change when it goes on."""
 
 
+class Listener(Protocol):
+    """A frozen audio encoder, to have questions encoded once."""
+
+    @property
+    def mark(self) -> str:
+        """What tells its frames from others', see ``encoder_mark``."""
+
+    def frames(self, waveform: Tensor) -> Tensor:
+        """Return frames [A', E] of a waveform [N] at the hearing rate."""
+
+
 @dataclass
 class Totals:
     """What was made.
@@ -112,6 +123,7 @@ class Preparation:
         codec: encodes the answers.
         settings: how.
         synthesizer: speaks what has no recording.
+        listener: encodes the questions too; None leaves that to training.
 
     Raises:
         DataError: if the source cannot be used, has duplicate ids, or the folder holds something else.
@@ -125,6 +137,7 @@ class Preparation:
         codec: Codec,
         settings: PrepareSettings | None = None,
         synthesizer: Synthesizer | None = None,
+        listener: Listener | None = None,
     ) -> None:
         self.settings = settings or PrepareSettings()
         if self.settings.speak and synthesizer is None:
@@ -135,7 +148,7 @@ class Preparation:
         if isinstance(source, Stream):
             raise DataError(f"{spec.path}: streams cannot be counted and shared; drop streaming")
         self.spec, self.out, self._source = spec, Path(out), source
-        self._codec, self._synthesizer = codec, synthesizer
+        self._codec, self._synthesizer, self._listener = codec, synthesizer, listener
         self.num_rows = min(len(source), spec.limit) if spec.limit else len(source)
         self.num_shards = -(-self.num_rows // self.settings.shard_rows)
         self._label = Path(spec.path.rstrip("/")).name
@@ -210,6 +223,7 @@ class Preparation:
             "source_sha256": self._source.fingerprint(),
             "codec": self._codec.fingerprint(),
             "synthesizer": self._synthesizer.name if self._synthesizer else None,
+            "encoder": self._listener.mark if self._listener else None,
             "rows": self.num_rows,
             "settings": settings,
         }
@@ -301,7 +315,13 @@ class Preparation:
         if codes is None and waveforms["audio_out"] is not None:
             codes = self._codec.encode(waveforms["audio_out"]).cpu()
         self._check(row, codes, heard=waveforms["audio_in"] is not None)
-        return _result(row, codes, waveforms, rates, self._codec)
+        result = _result(row, codes, waveforms, rates, self._codec)
+        heard = waveforms["audio_in"]
+        if self._listener is not None and heard is not None:
+            frames = self._listener.frames(heard).float().cpu().numpy().astype("<f2")
+            mark = self._listener.mark
+            result["frames_in"] = {"values": frames.tobytes(), "width": frames.shape[1], "encoder": mark}
+        return result
 
     def _read(self, index: int) -> Row:
         values = _retried(lambda: self._source[index])
@@ -453,6 +473,10 @@ def _parquet(rows: Sequence[dict[str, Any]]) -> bytes:
             ("id", pa.string()),
             ("task", pa.string()),
             ("audio_in", pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
+            (
+                "frames_in",
+                pa.struct([("values", pa.binary()), ("width", pa.int32()), ("encoder", pa.string())]),
+            ),
             ("text_in", pa.string()),
             ("codes_out", pa.list_(pa.list_(pa.int32()))),
             *((name, pa.string()) for name in ("text_out", "turns", "system", "speaker", "language")),

@@ -12,6 +12,7 @@ from typing import Any, Self
 from jinja2.exceptions import TemplateError
 from torch import Tensor
 
+from omni_adapter.audio.clips import Frames, Recording, encoder_mark
 from omni_adapter.audio.features import LogMel
 from omni_adapter.audio.waveform import AudioSource, read_waveform
 from omni_adapter.config import OmniConfig
@@ -77,23 +78,23 @@ class OmniProcessor:
         spec = get_task(task)
         if spec.text_given:
             messages = [*_without_last_user(messages), {"role": "user", "content": ""}]
-        segments, waveforms = self.apply_chat_template(messages, tools=tools)
-        if spec.hears and not waveforms:
+        segments, sounds = self.apply_chat_template(messages, tools=tools)
+        if spec.hears and not sounds:
             raise PromptError(
                 f'the task {task!r} hears, but no message has a part {{"type": "audio", "audio": …}}'
             )
         layout = lay_out(segments, task=task, rules=self.rules, answer=answer)
-        recordings = tuple(self._features(waveform) for waveform in waveforms)
+        recordings = tuple(self._features(sound) for sound in sounds)
         return Sample(layout, recordings)
 
     def apply_chat_template(
         self, messages: Sequence[Message], *, tools: Sequence[Mapping[str, Any]] | None = None
-    ) -> tuple[list[TextSegment | AudioSegment], list[Tensor]]:
+    ) -> tuple[list[TextSegment | AudioSegment], list[Tensor | Frames]]:
         """Render messages with the base's chat template, up to where the assistant answers.
 
         Returns:
             The prompt's segments in order, and the waveforms [N] of its recordings, mono at the encoder's
-            rate.
+            rate; frames that were encoded before stay as they are.
 
         Raises:
             PromptError: if the template refuses the messages or drops a recording.
@@ -101,10 +102,10 @@ class OmniProcessor:
         if not messages:
             raise PromptError("no messages; pass at least one user turn")
         placeholder = _placeholder(messages)
-        sources: list[AudioSource] = []
+        sources: list[AudioSource | Frames] = []
         flat = [_flatten(message, sources, placeholder) for message in messages]
         text = self._render(flat, tools=tools)
-        waveforms = [read_waveform(source, sampling_rate=self.log_mel.sampling_rate) for source in sources]
+        sounds = [self._read(source) for source in sources]
         pieces = text.split(placeholder)
         if len(pieces) != len(sources) + 1:
             raise PromptError(
@@ -114,11 +115,11 @@ class OmniProcessor:
         segments: list[TextSegment | AudioSegment] = []
         for index, piece in enumerate(pieces):
             if index:
-                segments.append(AudioSegment(self.num_steps(waveforms[index - 1].shape[-1])))
+                segments.append(AudioSegment(self._steps_of(sounds[index - 1])))
             ids = tuple(self.tokenizer(piece, add_special_tokens=False)["input_ids"])
             if ids:
                 segments.append(TextSegment(ids))
-        return segments, waveforms
+        return segments, sounds
 
     def num_steps(self, num_samples: int) -> int:
         """Return how many LM steps a recording of ``num_samples`` at the encoder's rate takes."""
@@ -132,8 +133,26 @@ class OmniProcessor:
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return (*ids, self.rules.text_end_id)
 
-    def _features(self, waveform: Tensor) -> Any:
-        return self.log_mel.windows(waveform, padding=self.config.encoder_padding)
+    def _read(self, source: AudioSource | Frames) -> Tensor | Frames:
+        if not isinstance(source, Frames):
+            return read_waveform(source, sampling_rate=self.log_mel.sampling_rate)
+        own = encoder_mark(self.config.encoder.fingerprint, padding=self.config.encoder_padding)
+        if source.encoder != own:
+            raise PromptError(
+                f"the recording was encoded by the encoder {source.encoder}, this talker has {own}; "
+                "prepare the data again, or leave frames_in out"
+            )
+        return source
+
+    def _steps_of(self, sound: Tensor | Frames) -> int:
+        if isinstance(sound, Frames):
+            return -(-sound.values.shape[0] // self.config.audio_adapter.stack)
+        return self.num_steps(sound.shape[-1])
+
+    def _features(self, sound: Tensor | Frames) -> Recording:
+        if isinstance(sound, Frames):
+            return sound
+        return self.log_mel.windows(sound, padding=self.config.encoder_padding)
 
     def _render(self, messages: list[dict[str, Any]], *, tools: Sequence[Mapping[str, Any]] | None) -> str:
         """The prompt as text, special tokens included."""
@@ -230,7 +249,7 @@ def _placeholder(messages: Sequence[Message]) -> str:
     return word
 
 
-def _flatten(message: Message, sources: list[AudioSource], placeholder: str) -> dict[str, Any]:
+def _flatten(message: Message, sources: list[AudioSource | Frames], placeholder: str) -> dict[str, Any]:
     """One message with plain text as its content; its recordings are appended to ``sources``."""
     if "role" not in message or ("content" not in message and "tool_calls" not in message):
         raise PromptError(f"a message needs 'role' and 'content', got {sorted(message)}")

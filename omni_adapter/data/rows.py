@@ -9,6 +9,8 @@ column     value                             meaning
 id         str or int                        names the row in reports; made up if missing
 task       key of ``TASKS``                  what to learn; usually set for a whole source
 audio_in   recording                         the question as speech
+frames_in  ``{"values", "width",             what the audio encoder made of ``audio_in``, kept by
+           "encoder"}``                      ``prepare``; used in its place
 text_in    str                               the question as text; the transcript of ``audio_in``
                                              where there is one
 audio_out  recording                         the answer as speech
@@ -44,6 +46,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from omni_adapter.audio.clips import Frames
 from omni_adapter.audio.codec import Codec
 from omni_adapter.audio.waveform import AudioSource, read_waveform
 from omni_adapter.data.collator import Sample
@@ -52,13 +55,14 @@ from omni_adapter.data.processor import OmniProcessor
 from omni_adapter.errors import AudioError, CodeGridError, DataError, PromptError, RowError
 
 COLUMNS = (
-    "id", "task", "audio_in", "text_in", "audio_out", "codes_out", "text_out", "turns", "system", "speaker",
-    "language",
+    "id", "task", "audio_in", "frames_in", "text_in", "audio_out", "codes_out", "text_out", "turns", "system",
+    "speaker", "language",
 )  # fmt: skip
 """Every column of the schema; others are ignored."""
 
 REASONS: Mapping[str, str] = {
     "bad_codes": "codes_out is not [K, T] of ids that the codec knows",
+    "bad_frames": "frames_in is not what prepare writes",
     "bad_json": "the line is no JSON object",
     "bad_prompt": "the base's chat template refuses the turns",
     "bad_turns": "turns is not a list of messages with a role and a content",
@@ -88,7 +92,7 @@ def needed_columns(task: str) -> tuple[tuple[str, ...], ...]:
     spec = get_task(task)
     needs: list[tuple[str, ...]] = []
     if spec.hears:
-        needs.append(("audio_in", "turns"))
+        needs.append(("audio_in", "frames_in", "turns"))
     elif not spec.text_given:
         needs.append(("text_in", "turns"))
     needs.append(_text_columns(spec))
@@ -135,6 +139,7 @@ class Row:
     id: str
     task: str
     audio_in: AudioSource | None = None
+    frames_in: Frames | None = None
     text_in: str | None = None
     audio_out: AudioSource | None = None
     codes_out: Tensor | None = None
@@ -157,7 +162,7 @@ class Row:
         spec = get_task(self.task)
         system = [{"role": "system", "content": self.system}] if self.system is not None else []
         if spec.hears:
-            question: Any = [{"type": "audio", "audio": self.audio_in}]
+            question: Any = [{"type": "audio", "audio": self.frames_in or self.audio_in}]
         else:
             question = self.answer_text if spec.text_given else self.text_in
         return [*system, *self.turns, {"role": "user", "content": question}]
@@ -222,12 +227,14 @@ def read_row(
     codes = _codes(given.get("codes_out"), name)
     if texts["text_out"] is None and turns and turns[-1]["role"] == "assistant":
         texts["text_out"], _ = _take(turns.pop())
-    if texts["text_in"] is None and audio_in is None and turns and turns[-1]["role"] == "user":
+    frames = _frames(given.get("frames_in"), name)
+    asked = texts["text_in"] is not None or audio_in is not None or frames is not None
+    if not asked and turns and turns[-1]["role"] == "user":
         texts["text_in"], audio_in = _take(turns.pop())
     own_task = _text(given, "task", name)
     return Row(
-        id=name, task=task or own_task or "", audio_in=audio_in, audio_out=audio_out, codes_out=codes,
-        turns=tuple(turns), **texts,
+        id=name, task=task or own_task or "", audio_in=audio_in, frames_in=frames, audio_out=audio_out,
+        codes_out=codes, turns=tuple(turns), **texts,
     )  # fmt: skip
 
 
@@ -423,6 +430,22 @@ def _codes(value: Any, name: str) -> Tensor | None:
         came = f"{codes.dtype} of shape {list(codes.shape)}"
         raise RowError(f"{name}: codes_out must be ints of shape [K, T], got {came}", reason="bad_codes")
     return torch.from_numpy(codes.astype(np.int64))
+
+
+def _frames(value: Any, name: str) -> Frames | None:
+    """Frames of the encoder, stored as the bytes of float16 values [A', E]."""
+    if value is None:
+        return None
+    try:
+        values = np.frombuffer(value["values"], dtype="<f2").reshape(-1, value["width"])
+        frames = Frames(torch.from_numpy(values.astype(np.float32)), str(value["encoder"]))
+    except (TypeError, KeyError, ValueError) as error:
+        raise RowError(
+            f"{name}: frames_in must be as prepare writes it: {error}", reason="bad_frames"
+        ) from error
+    if not frames.values.numel() or not bool(frames.values.isfinite().all()):
+        raise RowError(f"{name}: frames_in is empty or not finite", reason="bad_frames")
+    return frames
 
 
 def _turns(value: Any, name: str, root: Path | None) -> list[Message]:

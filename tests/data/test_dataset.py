@@ -128,7 +128,9 @@ def test_settings_name_the_nearest():
 
 
 def test_a_missing_column_is_refused_with_the_list_found(chats):
-    with pytest.raises(DataError, match=r"needs audio_in or turns; found the columns id, text_in, text_out"):
+    with pytest.raises(
+        DataError, match=r"needs audio_in or frames_in or turns; found the columns id, text_in, text_out"
+    ):
         open_source(SourceSpec(chats.path, task="asr"))
     with pytest.raises(DataError, match=r"has no column sound; found the columns id, text_in, text_out"):
         open_source(SourceSpec(chats.path, task="asr", columns={"sound": "audio_in"}))

@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -544,3 +545,42 @@ def test_the_recipe_shares_the_work(finished, sounds, codec, tmp_path):
     done = recipe(*recipe_arguments(sounds, tmp_path / "out", tmp_path / "codec"), processes=2)
     assert done.returncode == 0, done.stderr
     assert tree(tmp_path / "out") == tree(finished)
+
+
+def test_questions_can_be_encoded_once(codec, speak, talker, tmp_path):
+    """Kept frames lead to what the encoder leads to, also beside recordings; those of others are refused."""
+    from omni_adapter.data.collator import collate
+    from recipes.prepare import Encoder
+
+    talker.model.audio_encoder.save_pretrained(tmp_path / "encoder")
+    rows = []
+    for word in ("one", "two"):
+        shutil.copy(speak(word), tmp_path / f"{word}.wav")
+        rows.append({"id": word, "audio_in": f"{word}.wav", "text_out": word})
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    device = torch.device("cpu")
+
+    def samples(name: str, padding: str) -> list:
+        listener = Encoder(str(tmp_path / "encoder"), padding=padding, device=device)
+        spec = SourceSpec(str(tmp_path / "a.jsonl"), task="asr")
+        do_all(Preparation(spec, tmp_path / name, codec=codec, listener=listener))
+        mixture = Mixture([SourceSpec(str(tmp_path / name), task="asr", shuffle=False)])
+        kept = [mixture.read(position) for position in range(2)]
+        return [to_sample(row, talker.processor) for row in (kept[0], replace(kept[1], frames_in=None))] + [
+            to_sample(replace(kept[0], frames_in=None), talker.processor)
+        ]
+
+    kept, second, first = samples("out", talker.config.encoder_padding)
+    assert torch.equal(kept.layout.grid, first.layout.grid)
+
+    def logits(batch: list) -> torch.Tensor:
+        made = collate(batch, rules=talker.processor.rules, side="right")
+        with torch.no_grad():
+            return talker.model(made.grid, places=made.places, clips=made.clips).text_logits
+
+    for others in ([], [second]):
+        torch.testing.assert_close(logits([kept, *others]), logits([first, *others]), rtol=1e-2, atol=1e-2)
+    assert collate([kept], rules=talker.processor.rules).clips.to("cpu").windows == (0,)
+    with pytest.raises(RowError, match=r"was encoded by the encoder .*prepare the data again") as caught:
+        samples("other", "window" if talker.config.encoder_padding == "true_length" else "true_length")
+    assert caught.value.reason == "bad_prompt"

@@ -31,10 +31,14 @@ WHOLE = {
 def test_what_each_task_needs():
     """The table of the documentation, in full."""
     assert NEEDS == {
-        "asr": (("audio_in", "turns"), ("text_in", "text_out")),
+        "asr": (("audio_in", "frames_in", "turns"), ("text_in", "text_out")),
         "tts": (("text_out", "text_in"), ("codes_out", "audio_out")),
-        "speech_to_text": (("audio_in", "turns"), ("text_out", "turns")),
-        "speech_to_speech": (("audio_in", "turns"), ("text_out", "turns"), ("codes_out", "audio_out")),
+        "speech_to_text": (("audio_in", "frames_in", "turns"), ("text_out", "turns")),
+        "speech_to_speech": (
+            ("audio_in", "frames_in", "turns"),
+            ("text_out", "turns"),
+            ("codes_out", "audio_out"),
+        ),
         "text_to_speech": (("text_in", "turns"), ("text_out", "turns"), ("codes_out", "audio_out")),
         "text_to_text": (("text_in", "turns"), ("text_out", "turns")),
     }
@@ -141,7 +145,8 @@ def test_paths_stay_inside(name, tmp_path):
 
 def test_missing_columns_are_refused_with_the_list_found():
     with pytest.raises(
-        DataError, match=r"calls: the task 'asr' needs audio_in or turns; found the columns sound, text_in"
+        DataError,
+        match=r"calls: the task 'asr' needs audio_in or frames_in or turns; found the columns sound, text_in",
     ):
         check_columns(["sound", "text_in"], task="asr", source="calls")
     for task, needs in NEEDS.items():
@@ -250,3 +255,21 @@ def test_every_column_is_an_attribute_or_documented():
         assert hasattr(row, column)
         assert f"\n{column} " in module.__doc__
     assert replace(row, task="tts").answer_text == "I am fine."
+
+
+@pytest.mark.parametrize(
+    "frames",
+    [
+        {"values": b"\0" * 7, "width": 4, "encoder": "x"},
+        {"values": b"\0" * 8, "width": 3, "encoder": "x"},
+        {"values": b"", "width": 4, "encoder": "x"},
+        {"values": b"\xff" * 8, "width": 4, "encoder": "x"},
+        {"values": None, "width": 4, "encoder": "x"},
+        {"width": 4},
+        "frames",
+    ],
+)
+def test_frames_of_strangers_are_checked(frames):
+    with pytest.raises(RowError, match="frames_in") as caught:
+        parse_row({**WHOLE, "frames_in": frames}, task="asr")
+    assert caught.value.reason == "bad_frames"
