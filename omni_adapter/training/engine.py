@@ -64,17 +64,20 @@ class Engine(Protocol):
     parameters: Parameters
     """What learns, under full names."""
     optimizer: Any
+    norm: float
+    """Norm of the gradients of the last step."""
     meets_in_layers: bool
     """Whether ranks wait for each other inside forward and backward passes."""
 
     def backward(self, loss: Tensor, *, is_last: bool) -> None:
         """Add the gradients of a loss to those of the step."""
 
-    def collect(self) -> float:
-        """Add the gradients of all ranks up, scale them down to the largest norm; return the norm before."""
-
     def step(self, *, is_sound: bool) -> bool:
-        """Let the optimizer step if all is finite, and forget the gradients; return whether it stepped."""
+        """Add the gradients of all ranks up, scale them to the largest norm at most, step, and forget them.
+
+        Returns:
+            Whether the optimizer stepped: not if the loss or a gradient is not finite.
+        """
 
     def drop(self) -> None:
         """Forget the gradients of a step that was not finished."""
@@ -111,20 +114,19 @@ class Copies:
         self.ranks = ranks
         self.max_norm = max_norm or math.inf
         self.optimizer = accelerator.prepare_optimizer(optimizer)
+        self.norm = 0.0
 
     def backward(self, loss: Tensor, *, is_last: bool) -> None:
         """Add the gradients of a loss to those of the step."""
         self.accelerator.backward(loss)
 
-    def collect(self) -> float:
-        """Add the gradients of all ranks up, scale them down to the largest norm; return the norm before."""
+    def step(self, *, is_sound: bool) -> bool:
+        """Add the gradients of all ranks up, limit their norm, step, and forget them."""
         self._add_up()
         self.accelerator.unscale_gradients(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), self.max_norm)
-        return float(getattr(norm, "full_tensor", lambda: norm)())
-
-    def step(self, *, is_sound: bool) -> bool:
-        """Let the optimizer step if all is finite, and forget the gradients; return whether it stepped."""
+        self.norm = float(_whole(norm))
+        is_sound = is_sound and math.isfinite(self.norm)
         stepped = False
         if is_sound or self.accelerator.scaler is not None:
             self.optimizer.step()  # under fp16 an unsound step is refused inside, and makes the scale smaller
@@ -275,22 +277,18 @@ class DeepSpeed:
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
         self._engine: Any = self.model
         self._engine.optimizer.check_grad_overflow = True  # refuse steps that are not finite in any type
-        self._norm = 0.0
+        self.norm = 0.0
 
     def backward(self, loss: Tensor, *, is_last: bool) -> None:
         """Add the gradients of a loss to those of the step; DeepSpeed averages over ranks."""
         self._engine.set_gradient_accumulation_boundary(is_boundary=is_last)
         self._engine.backward(loss * self.ranks.world_size, scale_wrt_gas=False)
 
-    def collect(self) -> float:
-        """Return 0: the norm is known after the step only."""
-        return self._norm
-
     def step(self, *, is_sound: bool) -> bool:
         """Let the optimizer step; it refuses by itself where gradients are not finite."""
         self._engine.step()
         norm = self._engine.get_global_grad_norm()
-        self._norm = float(norm) if norm is not None else 0.0
+        self.norm = float(norm) if norm is not None else 0.0
         return is_sound and not getattr(self._engine.optimizer, "overflow", False)
 
     def drop(self) -> None:

@@ -391,11 +391,10 @@ class Trainer:
 
     def _finish_step(self, window: _Window, batches: Sequence[Batch]) -> None:
         """Let the optimizer step if the step is sound."""
-        norm = self.engine.collect()
         share = rate_share(self.progress.step, self.settings.optim)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * share
-        is_sound = math.isfinite(norm) and math.isfinite(window.sums[self.objective.sum_names[0]])
+        is_sound = math.isfinite(window.sums[self.objective.sum_names[0]])
         if not self.engine.step(is_sound=is_sound):
             self._skip_as_bad(batches)
             return
@@ -403,7 +402,7 @@ class Trainer:
         progress.step += 1
         progress.bad_in_a_row = 0
         progress.positions += int(window.sums["positions"])
-        for name, value in {**window.sums, "grad_norm": norm}.items():
+        for name, value in {**window.sums, "grad_norm": self.engine.norm}.items():
             progress.sums[name] = progress.sums.get(name, 0.0) + value
         self._update_average()
         if progress.step % self.settings.watch.log_every == 0 or progress.step == 1:

@@ -60,8 +60,7 @@ def small_words(out: Path, *words: str) -> list[str]:
     """Words of a command line that make a run small."""
     return [
         f"out={out}", "precision=fp32", "threads=1", "data.batch_size=2", "data.workers=0", "data.window=8",
-        "watch.trackers=[]", "watch.prompts=[]", "watch.log_every=1", "optim.num_steps=4", "optim.warmup_steps=0",
-        "model.gradient_checkpointing=false", "optim.learning_rate=3e-3", "optim.accumulate=1", *words,
+        "watch.trackers=[]", "watch.prompts=[]", "watch.log_every=1", "optim.num_steps=4",
+        "optim.warmup_steps=0", "model.gradient_checkpointing=false", "optim.learning_rate=3e-3",
+        "optim.accumulate=1", *words,
     ]  # fmt: skip
-
-
