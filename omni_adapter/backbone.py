@@ -215,7 +215,7 @@ class Backbone(nn.Module):
         same = False
         with _quiet(self), _tolerated():
             whole = self(self.embed(_probe_ids(self, steps=_PROBE_STEPS)))
-            same = _close(self.project(whole.hidden), whole.logits)
+            same = self._close(self.project(whole.hidden), whole.logits)
         return same
 
     @cached_property
@@ -235,6 +235,14 @@ class Backbone(nn.Module):
         """Whether several steps at once after a cache come out as they do one by one."""
         with _quiet(self):
             return _chunks_are_exact(self)
+
+    def _close(self, one: Tensor, other: Tensor, *, slack: float = 1.0) -> bool:
+        """Whether results differ by no more than rounding of the LM's type does, relative to the largest."""
+        if one.shape != other.shape or not bool(torch.isfinite(one).all()):
+            return False
+        exact = self.dtype in (torch.float32, torch.float64)  # the LM's, since some cast their logits up
+        tolerance = slack * (_TOLERANCE if exact else _TOLERANCE_HALF)
+        return bool((one - other).abs().max() <= tolerance * other.abs().max())
 
     def embed(self, ids: Tensor) -> Tensor:
         """Look ids up in the LM's input embedding.
@@ -447,8 +455,8 @@ class Backbone(nn.Module):
 
     def fingerprint(self) -> dict[str, Any]:
         """Return the facts of the LM's config by which it is recognised, as plain JSON."""
-        config = json.loads(self.lm.config.to_json_string(use_diff=True))
-        return {key: value for key, value in config.items() if key not in _VOLATILE}
+        config: dict[str, Any] = _lasting(json.loads(self.lm.config.to_json_string(use_diff=True)))
+        return config
 
     def _run(
         self, steps: _Steps, cache: BackboneCache | None, use_cache: bool, logits_to_keep: int
@@ -542,6 +550,13 @@ class Backbone(nn.Module):
         logits = torch.cat([output.logits for output in outputs], dim=1)
         hidden = torch.cat([output.hidden for output in outputs], dim=1)
         return BackboneOutput(logits[:, -logits_to_keep:], hidden, last)
+
+
+def _lasting(value: Any) -> Any:
+    """A config's values without those that say how a model was loaded, in nested configs too."""
+    if isinstance(value, dict):
+        return {key: _lasting(item) for key, item in value.items() if key not in _VOLATILE}
+    return [_lasting(item) for item in value] if isinstance(value, list) else value
 
 
 def inspect_base(lm: PreTrainedModel) -> frozenset[str]:
@@ -693,11 +708,11 @@ def _check_embeddings(backbone: Backbone, ids: Tensor, embeddings: Tensor) -> Ba
         needs = sorted(by_ids - by_embeddings)
         reason = f"; it looks ids up in {', '.join(needs)}" if needs else ""
         raise BackboneError(
-            f"{name} does not run on inputs_embeds alone: {_first_line(error)}{reason}"
+            f"{name} does not run on inputs_embeds alone, it needs input_ids: {_first_line(error)}{reason}"
         ) from error
     if needs := sorted(by_ids - by_embeddings):
         raise BackboneError(f"{name} builds per-layer inputs from input_ids, in {', '.join(needs)}")
-    if not _close(whole.logits, expected):
+    if not backbone._close(whole.logits, expected):
         raise BackboneError(
             f"{name} gives other logits for embeddings than for the input_ids that they stand for"
         )
@@ -722,7 +737,7 @@ def _check_causal(
         raise BackboneError(
             f"{name} takes no embeddings but those of its own ids: {_first_line(error)}"
         ) from error
-    if _close(output.hidden[:1, :-1], whole.hidden[:, :-1]):
+    if backbone._close(output.hidden[:1, :-1], whole.hidden[:, :-1]):
         return pair, output
     if getattr(backbone.lm.config, "is_decoder", True):
         raise BackboneError(f"{name} is bidirectional: steps see those after them; pass a causal LM")
@@ -738,7 +753,7 @@ def _find_position_offset(backbone: Backbone, embeddings: Tensor, whole: Backbon
     for offset in (0, *([] if padding_id is None else [padding_id + 1])):
         backbone._position_offset = offset
         with _tolerated():
-            if _close(backbone(embeddings, position_ids=positions).logits, whole.logits):
+            if backbone._close(backbone(embeddings, position_ids=positions).logits, whole.logits):
                 return
     backbone._position_offset = 0
     backbone.accepts -= {"position_ids"}
@@ -752,10 +767,10 @@ def _check_cache(backbone: Backbone, embeddings: Tensor, whole: BackboneOutput) 
     with _tolerated():
         first = backbone(embeddings[:, :-1], use_cache=True)
         second = backbone(embeddings[:, -1:], cache=first.cache, use_cache=True)
-        if _close(second.logits, whole.logits[:, -1:], slack=_CACHE_SLACK):
+        if backbone._close(second.logits, whole.logits[:, -1:], slack=_CACHE_SLACK):
             return
     name = _name(backbone.lm)
-    if not _close(backbone(embeddings[:, :-1]).logits, whole.logits[:, :-1], slack=_CACHE_SLACK):
+    if not backbone._close(backbone(embeddings[:, :-1]).logits, whole.logits[:, :-1], slack=_CACHE_SLACK):
         raise BackboneError(f"{name} gives steps another result when more steps follow; pass a causal LM")
     backbone.replays = True
     logger.warning(
@@ -780,8 +795,10 @@ def _padding_is_exact(backbone: Backbone) -> bool:
         for index, start in enumerate((padding, 0)):
             alone = backbone(row[:, start:], use_cache=True)
             after_alone = backbone(step[:1], cache=alone.cache)
-            same.append(_close(batch.hidden[index : index + 1, start:], alone.hidden))
-            same.append(_close(after.hidden[index : index + 1], after_alone.hidden, slack=_CACHE_SLACK))
+            same.append(backbone._close(batch.hidden[index : index + 1, start:], alone.hidden))
+            same.append(
+                backbone._close(after.hidden[index : index + 1], after_alone.hidden, slack=_CACHE_SLACK)
+            )
         exact = all(same)
     return exact
 
@@ -810,7 +827,7 @@ def _find_packing(backbone: Backbone) -> Packing | None:
     for way in ways:
         with _tolerated():
             output = backbone._run(_apart(packed, way), None, use_cache=False, logits_to_keep=0)
-            found += [way] if _close(output.hidden, alone) else []
+            found += [way] if backbone._close(output.hidden, alone) else []
     return found[0] if found else None
 
 
@@ -820,7 +837,8 @@ def _head_is_linear(backbone: Backbone) -> bool:
     hidden = backbone(backbone.embed(_probe_ids(backbone, steps=_PROBE_STEPS))).hidden
     scale = _LARGE_LOGIT / float(F.linear(hidden, head.weight).abs().max())
     return all(
-        _close(backbone.project(states), F.linear(states, head.weight)) for states in (hidden, scale * hidden)
+        backbone._close(backbone.project(states), F.linear(states, head.weight))
+        for states in (hidden, scale * hidden)
     )
 
 
@@ -864,7 +882,7 @@ def _chunks_are_exact(backbone: Backbone) -> bool:
         first = backbone(embeddings[:, :half], use_cache=True)
         steps = _Steps(embeddings[:, half:], None, None)
         second = backbone._run(steps, first.cache, use_cache=True, logits_to_keep=0)
-        same = _close(second.hidden, whole.hidden[:, half:], slack=_CACHE_SLACK)
+        same = backbone._close(second.hidden, whole.hidden[:, half:], slack=_CACHE_SLACK)
     return same
 
 
@@ -875,15 +893,6 @@ def _tolerated() -> Iterator[None]:
         yield
     except Exception as error:  # other people's code may raise anything
         logger.debug("probe failed: %s", _first_line(error))
-
-
-def _close(one: Tensor, other: Tensor, *, slack: float = 1.0) -> bool:
-    """Whether two results differ by no more than rounding of their type, in units of their largest value."""
-    if one.shape != other.shape or not bool(torch.isfinite(one).all()):
-        return False
-    exact = other.dtype in (torch.float32, torch.float64)
-    tolerance = slack * (_TOLERANCE if exact else _TOLERANCE_HALF)
-    return bool((one - other).abs().max() <= tolerance * other.abs().max())
 
 
 def _first_line(error: Exception) -> str:

@@ -193,3 +193,10 @@ def test_fingerprint_is_plain_json_and_tells_models_apart(llama):
         build_fresh("llama", rope_parameters={"rope_type": "default", "rope_theta": 5.0})
     ).fingerprint() != (fingerprint)
     assert "_name_or_path" not in fingerprint
+
+
+@pytest.mark.parametrize("family", ["llama", "mamba2", "mixtral", "gemma2"])
+def test_rounding_of_half_precision_is_no_reason_to_run_again(family):
+    backbone = Backbone(build_fresh(family).to(torch.bfloat16))
+    assert not backbone.replays
+    assert backbone.padding_is_exact

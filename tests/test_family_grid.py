@@ -1,7 +1,7 @@
 """Every causal-LM family of transformers behind ``Backbone``, tiny and random.
 
 A check is one function of a backbone; a new one is a new entry of ``CHECKS``. ``POPULAR`` families run
-always, all of them with ``-m all_families``, which also prints one line per family: wrapped, or refused and why.
+always, all of them with ``-m all_families``, which also prints which was wrapped and why others were refused.
 """
 
 import copy
@@ -20,7 +20,7 @@ from tests.families import ALL_FAMILIES, POPULAR, build_family, build_fresh
 REFUSED = {
     "blt": "input_ids is required for entropy-based patching",
     "cpmant": "takes no inputs_embeds",
-    "deepseek_v4": "does not run on inputs_embeds alone",
+    "deepseek_v4": "does not run on inputs_embeds alone, it needs input_ids",
     "gemma3n_text": r"builds per-layer inputs from input_ids, in model.embed_tokens_per_layer",
     "gemma4": "takes no embeddings but those of its own ids",
     "gemma4_text": "takes no embeddings but those of its own ids",
