@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import transformers
 from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationDelete,
@@ -200,10 +201,7 @@ def read_lm_config(name: str, *, options: HubOptions) -> PreTrainedConfig:
         raise BackboneError(str(error)) from error
     except _LOAD_ERRORS as error:
         raise BackboneError(f"{name} cannot be loaded as a causal LM: {error}") from error
-    if type(config) not in AutoModelForCausalLM._model_mapping:
-        raise BackboneError(
-            f"{name} is a {type(config).__name__}, which has no causal LM in transformers; pass a decoder"
-        )
+    _lm_class(name, config)
     layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
     if isinstance(layers, int) and layers > _MAX_LAYERS:
         raise BackboneError(f"{name} claims {layers} layers, at most {_MAX_LAYERS} are built")
@@ -550,9 +548,9 @@ def _load_lm(name: str, options: HubOptions, lm_arguments: Mapping[str, Any]) ->
             f"lm_arguments cannot hold {', '.join(reserved)}: only safetensors are read, and code of others "
             "is never run; load the model yourself and pass it as the base"
         )
-    read_lm_config(name, options=options)
+    lm_class = _lm_class(name, read_lm_config(name, options=options))
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = lm_class.from_pretrained(
             name,
             use_safetensors=True,
             trust_remote_code=False,
@@ -571,6 +569,27 @@ def _load_lm(name: str, options: HubOptions, lm_arguments: Mapping[str, Any]) ->
         )
     assert isinstance(lm, PreTrainedModel)
     return lm
+
+
+def _lm_class(name: str, config: PreTrainedConfig) -> Any:
+    """The class that loads a causal LM with this config: by its type, or as the config itself names it.
+
+    Raises:
+        BackboneError: if transformers has none.
+    """
+    if type(config) in AutoModelForCausalLM._model_mapping:
+        return AutoModelForCausalLM
+    for architecture in config.architectures or ():
+        named = getattr(transformers, architecture, None)
+        if (
+            isinstance(named, type)
+            and issubclass(named, PreTrainedModel)
+            and named.config_class is type(config)
+        ):
+            return named
+    raise BackboneError(
+        f"{name} is a {type(config).__name__}, which has no causal LM in transformers; pass a decoder"
+    )
 
 
 def _load_tokenizer(name: str, options: HubOptions) -> Any:

@@ -1,10 +1,14 @@
 """What all tests share: a small untrained talker and real speech."""
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+
+# No test asks the Hub for anything; one that tries fails at once. The Hub's client reads this when it is imported.
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -17,16 +21,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.accelerator.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="needs an accelerator; torch finds none on this machine"))
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _offline():
-    """No test asks the Hub for anything; one that tries fails at once."""
-    patch = pytest.MonkeyPatch()
-    patch.setenv("HF_HUB_OFFLINE", "1")
-    patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # read once, maybe before this fixture
-    yield
-    patch.undo()
 
 
 @pytest.fixture(scope="session")

@@ -55,7 +55,7 @@ def hum():
 
 def wrap(family: str, tokenizer, hearing_and_voice) -> OmniAdapter:
     encoder, codec = hearing_and_voice
-    return OmniAdapter.wrap(
+    talker = OmniAdapter.wrap(
         build_fresh(family),
         tokenizer=tokenizer,
         encoder=encoder,
@@ -65,6 +65,10 @@ def wrap(family: str, tokenizer, hearing_and_voice) -> OmniAdapter:
         text_end_ids=[2],
         audio_adapter={"stack": 2},
     )
+    # Untrained heads may end speech at once; at logit zero the end is hardly ever the most likely id.
+    vocabulary = talker.config.vocabulary
+    talker.model.code_heads.proj.weight.data[vocabulary.end :: vocabulary.size] = 0
+    return talker
 
 
 def asked(hum, text: str = "") -> list[dict]:
