@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-# No test asks the Hub for anything; one that tries fails at once. The Hub's client reads this when it is imported.
+# No test asks the Hub for anything; one that tries fails at once. Read when the Hub's client is imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 
