@@ -95,7 +95,9 @@ def prepare(  # noqa: PLR0913 - one option each
 ) -> None:
     """Encode recordings into sharded parquet; speak texts that have none."""
     state = PartialState()
-    columns = dict(pair.split("=", 1) for pair in column or () if "=" in pair)
+    if wrong := [pair for pair in column or () if "=" not in pair]:
+        raise ConfigError(f"--column takes theirs=ours, such as audio=audio_out; got {wrong[0]!r}")
+    columns = dict(pair.split("=", 1) for pair in column or ())
     spec = parse(
         SourceSpec,
         {"path": source, "task": task, "columns": columns, "split": split, "limit": limit},
