@@ -240,7 +240,7 @@ class Report:
     Attributes:
         format_version: of these keys.
         subject: what was measured: name, parameters by weight group, type, device.
-        machine: where: processor, cores, threads, versions.
+        machine: where: processor, cores, load (of the last minute, processes), threads, versions.
         settings: how: seconds, steps, rounds, stride.
         prompt_steps: steps of the prompt.
         frame_s: sound that one decoding step makes, seconds.
@@ -452,9 +452,7 @@ def _parts(work: _Work) -> Iterator[Timing | None]:
     unheard = replace(batch, places=(), clips=None)
     speech = work.decoder("speech_to_speech", batch_parallel=True)
     steps = batch.grid.shape[-1]
-    yield work.time(
-        "prefill", f"prefill of {steps} steps, without the encoder", lambda: speech.prefill(unheard)
-    )
+    yield work.time("prefill", f"prefill of {steps} steps, encoder excluded", lambda: speech.prefill(unheard))
     yield from _steps(work, speech)
     spec = talker.codec.spec
     stream = CodecStream(talker.codec)
@@ -594,6 +592,7 @@ def _machine(talker: OmniAdapter) -> dict[str, Any]:
     return {
         "processor": _processor(),
         "cores": os.cpu_count(),
+        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "threads": torch.get_num_threads(),
         "accelerator": None
         if device.type == "cpu"
@@ -644,12 +643,13 @@ def show(report: Report, console: Console) -> None:
     where = machine["accelerator"] or f"{machine['processor']}, {machine['threads']} threads"
     console.print(Text(f"{subject['name']}: {millions:,.0f} M parameters, {subject['dtype']}", style="bold"))
     console.print(Text(f"on {where}, torch {machine['torch']}", style="dim"))
-    table = Table("")
-    for title in ("median", "min", "max", "n"):
+    table = Table()
+    table.add_column("milliseconds", no_wrap=True)
+    for title in ("median", "min - max", "n"):
         table.add_column(title, justify="right")
     for timing in report.timings:
-        times = (timing.median_s, timing.min_s, timing.max_s)
-        table.add_row(timing.what, *(_milliseconds(seconds) for seconds in times), str(timing.count))
+        span = f"{_milliseconds(timing.min_s)} - {_milliseconds(timing.max_s)}"
+        table.add_row(timing.what, _milliseconds(timing.median_s), span, str(timing.count))
     console.print(table)
     console.print(f"one step makes {report.frame_s * 1000:.1f} ms of sound")
     if report.real_time_factor is not None:
@@ -662,4 +662,4 @@ def show(report: Report, console: Console) -> None:
 
 
 def _milliseconds(seconds: float) -> str:
-    return f"{seconds * 1000:,.1f} ms"
+    return f"{seconds * 1000:,.1f}"
