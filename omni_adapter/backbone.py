@@ -453,6 +453,19 @@ class Backbone(nn.Module):
             peft.merge_and_unload()
         self._peft, self.lora_targets = (), ()
 
+    def checkpoint_gradients(self) -> None:
+        """Compute the LM's states again in backward passes instead of keeping them.
+
+        Raises:
+            BackboneError: if transformers cannot do so for this LM.
+        """
+        try:
+            self.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[no-untyped-call]
+        except ValueError as error:
+            raise BackboneError(
+                f"{_name(self.lm)} cannot checkpoint gradients: {_first_line(error)}; train it without"
+            ) from error
+
     def fingerprint(self) -> dict[str, Any]:
         """Return the facts of the LM's config by which it is recognised, as plain JSON."""
         config: dict[str, Any] = _lasting(json.loads(self.lm.config.to_json_string(use_diff=True)))

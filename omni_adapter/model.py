@@ -122,6 +122,11 @@ class OmniModel(nn.Module):
         for group in ADDED_GROUPS:
             yield from self.groups()[group].items()
 
+    def checkpoint_gradients(self) -> None:
+        """Compute the states of LM and TTS blocks again in backward passes instead of keeping them."""
+        self.backbone.checkpoint_gradients()
+        self.tts_blocks.gradient_checkpointing = True
+
     def hear(self, clips: Clips) -> list[Tensor]:
         """Return the embeddings of each recording, [A, D] each."""
         padding = self.config.encoder_padding

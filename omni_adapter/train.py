@@ -31,6 +31,7 @@ import torch
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from omni_adapter import hub
 from omni_adapter.audio.waveform import write_wav
@@ -50,7 +51,15 @@ from omni_adapter.generation.streaming import Reply
 from omni_adapter.model import OmniModel
 from omni_adapter.talker import OmniAdapter
 from omni_adapter.training.checkpoint import random_state, set_random_state, write_json
-from omni_adapter.training.engine import AllRanks, Copies, DeepSpeed, Engine, Shards, take_shard_wish
+from omni_adapter.training.engine import (
+    AllRanks,
+    Copies,
+    DeepSpeed,
+    Engine,
+    Shards,
+    find_layers,
+    take_shard_wish,
+)
 from omni_adapter.training.loop import EXIT_FINISHED, RowLosses, Silent, Trainer, make_optimizer
 from omni_adapter.training.loss import LossSettings, TrainingModel
 from omni_adapter.training.report import ANSWER_FOLDER, write_report
@@ -262,8 +271,7 @@ def apply_stage(talker: OmniAdapter, settings: TrainSettings) -> TrainableTable:
         talker.model, settings.stage, lm_mode=model.lm or "lora", lora=None if has_own else model.lora
     )
     if model.gradient_checkpointing:
-        lm: Any = talker.model.backbone.lm
-        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        talker.model.checkpoint_gradients()
     return table
 
 
@@ -312,8 +320,15 @@ def make_engine(
             batch_size=settings.data.batch_size,
         )
     if shards and ranks.world_size > 1:
-        whole = (model.model.audio_encoder,)
-        return Shards(model, optimizer, accelerator=accelerator, ranks=ranks, max_norm=norm, whole=whole)
+        return Shards(
+            model,
+            optimizer,
+            accelerator=accelerator,
+            ranks=ranks,
+            max_norm=norm,
+            units=(*find_layers(model.model.backbone), model.model.tts_blocks),
+            whole=(model.model.audio_encoder,),
+        )
     return Copies(model, optimizer(), accelerator=accelerator, ranks=ranks, max_norm=norm)
 
 
@@ -434,6 +449,9 @@ def _processes(settings: TrainSettings) -> Iterator[tuple[Accelerator, bool]]:
         project_dir=settings.out,
         kwargs_handlers=handlers,
     )
+    # Else transformers would load bases in pieces, which cannot be tried out; DeepSpeed cuts them up later.
+    forget: Any = unset_hf_deepspeed_config
+    forget()
     try:
         yield accelerator, shards
     finally:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from omni_adapter.config import TtsConfig
 from omni_adapter.errors import ConfigError
@@ -93,19 +94,34 @@ class TtsBlock(nn.Module):
         self.up = nn.Linear(width, intermediate_width, bias=False)
         self.down = nn.Linear(intermediate_width, width, bias=False)
 
-    def project(self, hidden: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return rotated queries and keys, and values, each [B, H, S, W]."""
+    def forward(
+        self,
+        hidden: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        *,
+        bias: Tensor | None,
+        causal: bool,
+        cache: TtsCache | None = None,
+        index: int = 0,
+    ) -> Tensor:
+        """Return the block's output, [B, S, D].
+
+        Args:
+            hidden: states, [B, S, D].
+            rotation: cosines and sines of their positions.
+            bias: which key each query may see, [B, 1, S, past + S]; None for all, or by ``causal``.
+            causal: each query sees the keys up to its own.
+            cache: keys and values of earlier steps; these steps are stored in it.
+            index: which block of the cache this is.
+        """
         normed = self.attention_norm(hidden)
         query, key, value = (
             projection(normed).unflatten(-1, (-1, self.head_width)).transpose(1, 2)
             for projection in (self.query, self.key, self.value)
         )
-        return _rotate(query, rotation), _rotate(key, rotation), value
-
-    def forward(
-        self, hidden: Tensor, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, causal: bool
-    ) -> Tensor:
-        """Return the block's output [B, S, D] for queries [B, H, S, W] over all keys and values."""
+        query, key = _rotate(query, rotation), _rotate(key, rotation)
+        if cache is not None:
+            key, value = cache.append(index, key, value)
         attended = F.scaled_dot_product_attention(
             query, key, value, attn_mask=bias, is_causal=causal, enable_gqa=query.shape[1] != key.shape[1]
         )
@@ -124,6 +140,9 @@ class TtsBlocks(nn.Module):
         width: width D of the hidden states.
         config: number and shape of the blocks, and how they are initialised.
 
+    Attributes:
+        gradient_checkpointing: compute states again in the backward pass instead of keeping them.
+
     Raises:
         ConfigError: if heads do not divide the width or key/value heads do not divide the heads.
     """
@@ -137,6 +156,7 @@ class TtsBlocks(nn.Module):
                 f"tts.heads must divide the LM's width {width} into even head widths and tts.kv_heads must "
                 f"divide tts.heads, got heads={heads}, kv_heads={kv_heads}"
             )
+        self.gradient_checkpointing = False
         self.rope_theta = config.rope_theta
         self.head_width = width // heads
         self.blocks = nn.ModuleList(
@@ -188,12 +208,13 @@ class TtsBlocks(nn.Module):
         if bias is None and past and steps > 1:
             everything = torch.ones(hidden.shape[0], past + steps, dtype=torch.bool, device=hidden.device)
             bias = attention_bias(everything, steps=steps, past=past)
+        causal = bias is None and steps > 1
+        recomputed = self.gradient_checkpointing and cache is None and torch.is_grad_enabled()
         for index, block in enumerate(self.blocks):
-            assert isinstance(block, TtsBlock)
-            query, key, value = block.project(hidden, rotation)
-            if cache is not None:
-                key, value = cache.append(index, key, value)
-            hidden = block(hidden, query, key, value, bias, bias is None and steps > 1)
+            if recomputed:
+                hidden = checkpoint(block, hidden, rotation, bias=bias, causal=causal, use_reentrant=False)
+            else:
+                hidden = block(hidden, rotation, bias=bias, causal=causal, cache=cache, index=index)
         if cache is not None:
             cache.length += steps
         normed: Tensor = self.norm(hidden)

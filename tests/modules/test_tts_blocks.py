@@ -80,6 +80,15 @@ def test_gradient_reaches_every_weight():
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in tts.parameters())
 
 
+def test_checkpointed_gradients_are_the_same():
+    plain, checkpointed, hidden = blocks(), blocks(), states(2, 5)
+    checkpointed.gradient_checkpointing = True
+    for tts in (plain, checkpointed):
+        tts(hidden).square().sum().backward()
+    for one, other in zip(plain.parameters(), checkpointed.parameters(), strict=True):
+        assert torch.equal(one.grad, other.grad)
+
+
 @pytest.mark.parametrize(
     ("width", "settings", "message"),
     [
