@@ -31,6 +31,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"generation", "training", "hub", "importers"}),
     frozenset({"talker"}),
     frozenset({"doctor", "bench", "train"}),
+    frozenset({"bench_train"}),
     frozenset({"cli"}),
     frozenset({"__main__"}),
 )
