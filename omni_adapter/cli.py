@@ -21,6 +21,7 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from enum import StrEnum
 from functools import wraps
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
@@ -226,9 +227,7 @@ def with_groups(command: Callable[..., None]) -> Callable[..., None]:
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        from omni_adapter import __version__
-
-        typer.echo(f"omni-adapter {__version__}")
+        typer.echo(f"omni-adapter {version('omni-adapter')}")
         raise typer.Exit
 
 
@@ -236,7 +235,7 @@ def _show_version(wanted: bool) -> None:
 def start(
     *,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show what the libraries log.")] = False,
-    version: Annotated[
+    show_version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
@@ -440,7 +439,7 @@ def doctor(
         raise typer.Exit(EXIT_REFUSED)
 
 
-@app.command(epilog="Example: omni-adapter bench --random smollm2-135m --seconds 3")
+@app.command(epilog="Example: omni-adapter bench my-talker --seconds 5")
 def bench(  # noqa: PLR0913 - an option is a parameter
     model: Annotated[
         str | None, typer.Argument(help="Folder or Hub id of a talker, or of a causal language model.")
@@ -469,12 +468,14 @@ def bench(  # noqa: PLR0913 - an option is a parameter
 
     Every time is a median over several rounds after one that warms up, with the shortest and the longest.
     """
-    if (model is None) == (random is None):
-        raise ConfigError("name either a model or --random PRESET, such as --random smollm2-135m")
     import torch
 
     from omni_adapter import bench as benchmark
 
+    if (model is None) == (random is None):
+        raise ConfigError(
+            f"name either a model, or --random with one of {', '.join(benchmark.PRESETS)}; not both"
+        )
     settings = benchmark.BenchSettings(
         seconds=seconds, steps=steps, rounds=rounds, stride=stride, only=_names(only)
     )
@@ -660,10 +661,22 @@ def _prepare_hub(*names: str) -> None:
         transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         if sys.stderr.isatty():  # downloads keep theirs for people
             enable_progress_bars()
-    is_remote = any(not Path(part).exists() for name in names for part in (name, *_parts_of(name)))
+    is_remote = any(_is_remote(part) for name in names for part in (name, *_parts_of(name)))
     if is_remote and not constants.is_offline_mode() and not _is_reachable(constants.ENDPOINT):
         _note(f"{constants.ENDPOINT} cannot be reached; only what is on this machine is used")
         constants.HF_HUB_OFFLINE = True
+
+
+def _is_remote(name: str) -> bool:
+    """Whether a name can only be one of the Hub's."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils._validators import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return not Path(name).exists()
 
 
 def _parts_of(name: str) -> list[str]:

@@ -624,6 +624,8 @@ def _pinned_part(name: str, options: HubOptions) -> HubOptions:
 
 
 def _unreachable(name: str, error: Exception) -> str:
+    if not _is_hub_id(name):
+        return f"{name} does not exist: there is no such folder, and the Hub's names are owner/name"
     if isinstance(error.__cause__, OfflineModeIsEnabled):
         return f"{name} is neither a folder nor among the downloads, and the Hub is switched off: {error}"
     return f"{name} is neither a folder nor a repository on the Hub that can be read: {error}"

@@ -177,8 +177,8 @@ def test_command(tmp_path):
     assert values["machine"]["threads"] == 1
     assert "one step makes 85.3 ms of sound" in run(*quick).stdout
     for arguments, message in (
-        ((), "name either a model or --random PRESET"),
-        (("model", "--random", "tiny"), "name either a model or --random PRESET"),
+        ((), "name either a model, or --random with one of qwen2-0.5b"),
+        (("model", "--random", "tiny"), "name either a model, or --random with one of qwen2-0.5b"),
         (("--random", "huge"), "no preset is called 'huge'; there are qwen2-0.5b, smollm2-135m"),
         (("--random", "tiny", "--only", "speed"), "cannot measure speed"),
         (("some/model",), "some/model is neither a folder nor"),

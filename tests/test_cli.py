@@ -443,7 +443,9 @@ def test_models_that_are_none(run, talker_folder):
     )
     refused(run(*talk, talker_folder / "base"), f"wrap it first: omni-adapter wrap {talker_folder / 'base'}")
     refused(run(*talk, "some/talker"), "some/talker is neither a folder nor")
-    refused(run(*talk, "not a name!"), "not a name! is neither a folder nor")
+    refused(
+        run(*talk, "../talker"), "../talker does not exist: there is no such folder, and the Hub's names are"
+    )
     Path("nothing/omni_config.json").write_text("{")
     refused(run(*talk, "nothing"), "nothing/omni_config.json is not valid JSON")
     Path("nothing/omni_config.json").write_text('{"format_version": 99}')
