@@ -178,15 +178,17 @@ class Copies:
 class Shards(Copies):
     """FSDP2: each process keeps a part of every weight, gradient and average.
 
-    Layers of a stack are gathered one by one, what is outside of stacks at the start of a pass.
-
     Args:
-        model: computes the loss; returns a tuple.
+        model: computes the loss; returns a tuple. What is in no unit is gathered for the whole pass.
         make_optimizer: makes the optimizer of the sharded parameters.
         accelerator: device and mixed precision.
         ranks: the processes.
         max_norm: largest norm of the gradients; 0 for no limit.
+        units: modules that are gathered one at a time, when they are called.
         whole: parts that every process keeps whole, because it may run them without the others.
+
+    Raises:
+        ConfigError: if a part that is to be kept whole learns.
     """
 
     meets_in_layers = True
@@ -199,6 +201,7 @@ class Shards(Copies):
         accelerator: Accelerator,
         ranks: AllRanks,
         max_norm: float,
+        units: Sequence[nn.Module] = (),
         whole: Sequence[nn.Module] = (),
     ) -> None:
         from torch.distributed.fsdp import fully_shard
@@ -207,11 +210,9 @@ class Shards(Copies):
         kept = {parameter for part in whole for parameter in part.parameters()}
         if any(parameter.requires_grad for parameter in kept):
             raise ConfigError("a part that learns cannot be kept whole under FSDP; freeze the audio encoder")
-        stacks = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
-        for layer in (layer for stack in stacks for layer in stack):
-            own = set(layer.parameters())
-            if own and not own & kept:
-                fully_shard(layer)
+        for unit in units:
+            if any(True for _ in unit.parameters()):
+                fully_shard(unit)
         self._root: Any = fully_shard(model, ignored_params=kept)
         self._root.set_reduce_scatter_unused_params(True)  # ranks differ in what their batch needs
         super().__init__(model, make_optimizer(), accelerator=accelerator, ranks=ranks, max_norm=max_norm)
@@ -320,9 +321,17 @@ class DeepSpeed:
 def take_shard_wish() -> bool:
     """Return whether ``accelerate launch`` was told to use FSDP, and take that task from Accelerate.
 
-    It shards by classes of layers that are named in its config; ``Shards`` finds the layers of any base.
+    It shards by classes of layers that are named in its config; ``find_layers`` finds those of any base.
     """
     return os.environ.pop(_SHARD_VARIABLE, "false").lower() == "true"
+
+
+def find_layers(model: nn.Module) -> list[nn.Module]:
+    """Return the layers of a model: members of its outermost lists of modules."""
+    found: list[nn.Module] = []
+    for child in model.children():
+        found.extend(child if isinstance(child, nn.ModuleList) else find_layers(child))
+    return found
 
 
 def learning_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -85,14 +85,14 @@ def make_charts(entries: Sequence[Mapping[str, Any]]) -> list[Chart]:
         return _thinned([point for point in points if math.isfinite(point[1])])
 
     def by_row(kind: str) -> dict[str, list[tuple[float, float]]]:
-        keys = dict.fromkeys(key for entry in entries for key in entry if key.endswith(f"/{kind}"))
+        keys = sorted({key for entry in entries for key in entry if key.endswith(f"/{kind}")})
         return {key.removesuffix(f"/{kind}").replace("_", " "): curve(key) for key in keys}
 
     return [
         Chart("loss", {"loss": curve("loss")}),
         Chart("loss of each row", by_row("loss")),
         Chart("accuracy of each row", by_row("accuracy")),
-        Chart("norm of the gradients", {"norm": curve("grad_norm")}, is_log=True),
+        Chart("norm of the gradients (logarithmic)", {"norm": curve("grad_norm")}, is_log=True),
         Chart("learning rate", {"rate": curve("learning_rate")}),
         Chart("steps of sequences a second", {"steps/s": curve("positions_per_s")}),
     ]
@@ -106,7 +106,7 @@ def draw(chart: Chart) -> list[Shape]:
     for value in scale.values():
         y = scale.y(value)
         shapes.append(Line(((_LEFT, y), (_WIDTH - _RIGHT, y)), _GRID))
-        shapes.append(Words(_LEFT - 6, y + 4, f"{value:.3g}", anchor="end"))
+        shapes.append(Words(_LEFT - 6, y + 4, _short(value), anchor="end"))
     for step in scale.steps():
         shapes.append(Words(scale.x(step), _HEIGHT - _BOTTOM + 18, f"{step:,.0f}", anchor="middle"))
     shapes.append(Words((_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 6, "step", anchor="middle"))
@@ -288,6 +288,10 @@ def _skipped(folder: Path) -> str:
     if not path.is_file():
         return ""
     return f"<h2>Steps that were skipped</h2><pre>{html.escape(path.read_text(encoding='utf-8'))}</pre>"
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def _figure(value: Any) -> str:

@@ -19,7 +19,7 @@ from omni_adapter.data.collator import Batch, Sample
 from omni_adapter.data.dataset import Batching, BatchLoader, Mixture, SourceSpec
 from omni_adapter.data.layout import Answer, GridRules, TextSegment, lay_out
 from omni_adapter.data.rows import Row
-from omni_adapter.training.engine import AllRanks, Copies, Shards
+from omni_adapter.training.engine import AllRanks, Copies, Shards, find_layers
 from omni_adapter.training.loop import Result, Trainer, make_optimizer, read_log
 from omni_adapter.training.settings import TrainSettings, load_settings
 from omni_adapter.vocab import IGNORE_INDEX, CodeVocabulary
@@ -136,7 +136,9 @@ def make_trainer(
 
     norm = settings.optim.max_grad_norm
     if shard:
-        engine: Any = Shards(model, optimizer, accelerator=accelerator, ranks=ranks, max_norm=norm)
+        engine: Any = Shards(
+            model, optimizer, accelerator=accelerator, ranks=ranks, max_norm=norm, units=find_layers(model)
+        )
     else:
         engine = Copies(model, optimizer(), accelerator=accelerator, ranks=ranks, max_norm=norm)
     feed = make_feed(rows, rank=ranks.rank, world=ranks.world_size, workers=workers, batch_size=batch_size)
