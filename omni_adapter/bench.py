@@ -37,7 +37,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 from omni_adapter.audio.codec import CodecStream, SnacCodec
 from omni_adapter.data.collator import Batch, Sample, collate
 from omni_adapter.data.layout import get_task
-from omni_adapter.errors import BackboneError, ConfigError
+from omni_adapter.errors import ConfigError
 from omni_adapter.generation.generator import Decoder, GenerationSettings, Step
 from omni_adapter.generation.streaming import Chunk
 from omni_adapter.hub import CONFIG_FILE
@@ -305,7 +305,7 @@ def load_talker(name: str, *, dtype: str = "auto") -> OmniAdapter:
         dtype: type of the base and of what is added; ``auto`` takes that of the files.
 
     Raises:
-        BackboneError: if it is neither.
+        OmniError: if it is neither.
     """
     arguments = {"dtype": dtype}
     is_talker = (Path(name) / CONFIG_FILE).is_file() if Path(name).is_dir() else _has_config(name)
@@ -558,16 +558,14 @@ def _tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
 
 
 def _has_config(name: str) -> bool:
-    """Whether a repository of the Hub holds a talker."""
+    """Whether a repository of the Hub holds a talker; if it is none at all, wrapping says so."""
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
         hf_hub_download(name, CONFIG_FILE)
-    except EntryNotFoundError:
+    except (OSError, HFValidationError, HfHubHTTPError):
         return False
-    except (OSError, HFValidationError) as error:
-        raise BackboneError(f"{name} is neither a folder nor a readable repository: {error}") from error
     return True
 
 

@@ -192,6 +192,8 @@ def read_lm_config(name: str, *, options: HubOptions) -> PreTrainedConfig:
     Raises:
         BackboneError: if there is no config, or it is not that of a causal LM.
     """
+    if not Path(name).exists() and not _is_hub_id(name):
+        raise BackboneError(_nowhere(name))
     try:
         _check_base_config(name, options)
         config = AutoConfig.from_pretrained(name, trust_remote_code=False, **options.arguments())
@@ -625,10 +627,14 @@ def _pinned_part(name: str, options: HubOptions) -> HubOptions:
 
 def _unreachable(name: str, error: Exception) -> str:
     if not _is_hub_id(name):
-        return f"{name} does not exist: there is no such folder, and the Hub's names are owner/name"
+        return _nowhere(name)
     if isinstance(error.__cause__, OfflineModeIsEnabled):
-        return f"{name} is neither a folder nor among the downloads, and the Hub is switched off: {error}"
+        return f"{name} is neither a folder nor among the downloads, and the Hub is not asked while offline"
     return f"{name} is neither a folder nor a repository on the Hub that can be read: {error}"
+
+
+def _nowhere(name: str) -> str:
+    return f"{name} does not exist: there is no such folder, and the Hub's names are owner/name"
 
 
 def _id_of(name: str) -> str:
