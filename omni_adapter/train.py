@@ -102,6 +102,7 @@ class Run(NamedTuple):
     mixture: Mixture
     to_sample: Callable[[Row], Sample]
     trainer: Trainer
+    rejects: Rejects
     accelerator: Accelerator
 
 
@@ -178,6 +179,7 @@ def train(settings: TrainSettings, accelerator: Accelerator, *, shards: bool = F
             write_report(Path(settings.out))
     if result.exit_code == EXIT_FINISHED:
         save_talker(this, settings)
+        this.rejects.check()  # a short run may end before its share of rejects stops it
         if accelerator.is_main_process:
             sys.stdout.write(f"{Path(settings.out) / TALKER_FOLDER} is ready: omni-adapter talk\n")
     return result.exit_code
@@ -243,7 +245,7 @@ def prepare(settings: TrainSettings, accelerator: Accelerator, *, shards: bool =
         ranks=ranks,
     )
     trainer.watcher = make_watcher(talker, trainer, accelerator)
-    return Run(talker, table, mixture, sample, trainer, accelerator)
+    return Run(talker, table, mixture, sample, trainer, feed.rejects, accelerator)
 
 
 def build_talker(settings: TrainSettings) -> OmniAdapter:

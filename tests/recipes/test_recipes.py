@@ -7,16 +7,19 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from omni_adapter import OmniAdapter
-from omni_adapter.train import run
+from omni_adapter.train import prepare, read_command, run
 from omni_adapter.training.loop import EXIT_FINISHED, read_log
+from omni_adapter.training.stages import learning_groups
 from tests.recipes.world import small_words, write_parts, write_rows
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -97,11 +100,9 @@ def test_stages_in_turn(world, tmp_path):
     """Loss falls, what is frozen stays bit for bit, LoRA merges, the result talks."""
     words = ("data.mode=pad", "data.batch_size=8", "optim.num_steps=14")
     prompts = ("watch.answer_every=7", "watch.prompts=[{text: hello}]", "watch.max_new_tokens=10")
+    trackers = ["watch.trackers=[tensorboard]"] if find_spec("tensorboard") else []
     align, adapt, finetune, anneal = (tmp_path / name for name in ("align", "adapt", "finetune", "anneal"))
-    assert (
-        run("align", align_words(world, align, *words, *prompts, "watch.trackers=[tensorboard]"))
-        == EXIT_FINISHED
-    )
+    assert run("align", align_words(world, align, *words, *prompts, *trackers)) == EXIT_FINISHED
     assert run("adapt", next_words("adapt", world, align / "talker", adapt, *words)) == EXIT_FINISHED
     assert run("finetune", next_words("finetune", world, adapt / "talker", finetune, *words)) == EXIT_FINISHED
     few = (*words[:2], "optim.num_steps=2")
@@ -134,13 +135,31 @@ def test_stages_in_turn(world, tmp_path):
     )
     assert (reply.text, len(reply.audio)) == (merged.text, len(merged.audio))
 
-    for name in ("settings.yaml", "run.json", "log.jsonl", "status.json", "report.html", "curves.png"):
+    for name in ("settings.yaml", "run.json", "log.jsonl", "status.json", "report.html"):
         assert (align / name).is_file(), name
     about = json.loads((align / "run.json").read_text())
     assert about["groups"]["language_model"]["trainable"] == 0
     assert about["data"]["sources"][0]["rows"] == 8
     assert (align / "answers/step-00000007/prompt-0.txt").is_file()
-    assert list((align / "omni-adapter").glob("**/events*")), "tensorboard wrote nothing"
+    assert not trackers or list((align / "omni-adapter").glob("**/events*")), "tensorboard wrote nothing"
+
+
+@pytest.mark.parametrize("stage", ["align", "adapt", "finetune"])
+def test_what_is_frozen_stays_bit_for_bit(world, tmp_path, stage):
+    words = align_words(
+        world, tmp_path / stage, f"stage={stage}", "model.lora={dropout: 0.1}", "optim.num_steps=6"
+    )
+    settings = read_command(stage, words[2:]).settings
+    this = prepare(settings, Accelerator(cpu=True))
+    learning = learning_groups(stage)
+    before = {
+        group: {name: value.detach().clone() for name, value in values.items()}
+        for group, values in this.talker.model.groups().items()
+    }
+    assert this.trainer.run().step == 6
+    for group, values in this.talker.model.groups().items():
+        moved = [name for name, value in values.items() if not torch.equal(value, before[group][name])]
+        assert bool(moved) == (group in learning), (group, moved[:3])
 
 
 def test_whole_base_learns_and_is_saved(world, tmp_path):
@@ -177,6 +196,17 @@ def test_dry_run_shows_everything_and_keeps_nothing(world, tmp_path, capsys):
                  "no row was rejected", "4 steps of 2 rows", "one step: loss"):  # fmt: skip
         assert text in shown
     assert not out.exists()
+
+
+def test_too_many_bad_rows_fail_the_run(world, tmp_path, capsys):
+    lines = (world / "rows.jsonl").read_text().splitlines()
+    bad = [json.dumps({**json.loads(line), "codes_out": [[1]]}) for line in lines[:4]]
+    path = world / "bad.jsonl"
+    path.write_text("\n".join([*bad, *lines[4:]]) + "\n")
+    words = align_words(world, tmp_path / "align", f"data.sources=[{{path: {path}, task: tts}}]")
+    words = words[: words.index("--data")] + words[words.index("--data") + 2 :]
+    assert run("align", words) == 1
+    assert "bad_codes" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -228,11 +258,14 @@ def wait_for_steps(out: Path, count: int, process: subprocess.Popen) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # DeepSpeed compiles its communication when it is first used
 @pytest.mark.parametrize("way", ["zero2", "zero3", "fsdp2"])
 def test_shared_weights_learn_as_copies_do(world, tmp_path, way):
     """DeepSpeed and FSDP2 by their config files; stopped and resumed; the result is whole."""
-    if way != "fsdp2" and shutil.which("g++") is None:
-        pytest.skip("DeepSpeed compiles its communication with g++")
+    if way != "fsdp2":
+        pytest.importorskip("deepspeed", reason="DeepSpeed is in the extra train")
+        if shutil.which("g++") is None:
+            pytest.skip("DeepSpeed compiles its communication with g++")
     copies, shared, stopped = tmp_path / "copies", tmp_path / way, tmp_path / "stopped"
     words = ("data.mode=pad", "optim.num_steps=6", "optim.accumulate=2", "watch.progress=false")
     finish(launch([*plain(2), "recipes/stage1.py"], align_words(world, copies, *words)))

@@ -1,5 +1,6 @@
 """Settings: every key of the YAML can be given again on the command line, unknown ones name the nearest."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -104,8 +105,9 @@ def test_a_continued_run_may_change_only_how_it_is_watched():
     ]
 
 
-def test_a_run_is_described_by_command_and_versions():
+def test_a_run_is_described_by_command_and_versions(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["recipes/stage1.py", "--data", "my rows.jsonl"])
     facts = describe_run(TrainSettings(), world_size=2, threads=1)
     assert facts["versions"]["torch"].startswith("2")
-    assert "pytest" in facts["command"]
+    assert facts["command"].endswith(" recipes/stage1.py --data 'my rows.jsonl'")
     assert (facts["world_size"], facts["threads"]) == (2, 1)
