@@ -462,12 +462,21 @@ def bench(  # noqa: PLR0913 - an option is a parameter
     only: Annotated[
         str, typer.Option(help="Parts to time, such as encoder,prefill,reply; a wrong name lists all.")
     ] = "",
+    train: Annotated[
+        bool,
+        typer.Option("--train", help="Time a stage-3 step instead, beside the plain way; needs --random."),
+    ] = False,
+    batch_size: Annotated[int, typer.Option(help="Samples of a training step.")] = 4,
+    length: Annotated[int, typer.Option(help="Steps of each of them.")] = 512,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Time a talker on this machine: encoder, prefill, steps, codec, first sound, memory.
 
     Every time is a median over several rounds after one that warms up, with the shortest and the longest.
+    With --train: seconds and peak memory of a training step, each way in a process of its own.
     """
+    if train:
+        return _bench_training(random, dtype, batch_size=batch_size, length=length, as_json=as_json)
     import torch
 
     from omni_adapter import bench as benchmark
@@ -495,6 +504,26 @@ def bench(  # noqa: PLR0913 - an option is a parameter
         _print_json(asdict(report))
     else:
         benchmark.show(report, Console(highlight=False))
+
+
+def _bench_training(preset: str | None, dtype: Dtype, *, batch_size: int, length: int, as_json: bool) -> None:
+    """Time a training step of a preset."""
+    from omni_adapter import bench_train
+
+    if preset is None:
+        from omni_adapter.bench import PRESETS
+
+        raise ConfigError(
+            f"bench --train times random weights; pass --random with one of {', '.join(PRESETS)}"
+        )
+    size = "float32" if dtype is Dtype.AUTO else dtype.value
+    settings = bench_train.TrainBenchSettings(preset, batch_size=batch_size, length=length, dtype=size)
+    with _working(f"timing training steps of {preset}"):
+        timings = bench_train.measure_training(settings)
+    if as_json:
+        _print_json({"settings": asdict(settings), "timings": [asdict(timing) for timing in timings]})
+    else:
+        bench_train.show(timings, Console(highlight=False))
 
 
 # --- what the commands share ---

@@ -42,16 +42,21 @@ from omni_adapter.data.processor import find_text_end_ids
 from omni_adapter.errors import BackboneError, CheckpointError, PromptError
 from omni_adapter.model import ADDED_GROUPS, OmniModel
 from omni_adapter.modules.audio_encoder import AudioEncoder
+from omni_adapter.training.stages import LmMode, learning_groups
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
+_LM_MODES: Mapping[str, LmMode] = {"align": "frozen", "adapt": "lora", "finetune": "full"}
+_LEARNERS = (*ADDED_GROUPS, "lora", "language_model")
+
 STAGES: Mapping[str, tuple[str, ...]] = {
-    "1 align": ADDED_GROUPS,
-    "2 adapt": ("lora",),
-    "3 finetune": (*ADDED_GROUPS, "language_model"),
+    f"{number} {stage}": tuple(
+        group for group in _LEARNERS if group in learning_groups(stage, lm_mode=lm_mode)
+    )
+    for number, (stage, lm_mode) in enumerate(_LM_MODES.items(), start=1)
 }
-"""Weight groups that learn in each training stage (paper, section 3.4)."""
+"""Weight groups that learn in each training stage."""
 
 _TRAINED_BYTES = 16  # a parameter that learns: weight, gradient and AdamW's two moments, float32 each
 _CACHE_STEPS = 1000

@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.fake_hub import FakeHub
 from typer.testing import CliRunner
 
 from examples.untrained_talker import make_parts
 from omni_adapter import SnacCodec
 from omni_adapter.cli import app
+from tests.fake_hub import FakeHub
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
