@@ -6,12 +6,11 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from rich.console import Console
 from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from omni_adapter import BackboneError, ConfigError, OmniAdapter, cli
-from omni_adapter.doctor import diagnose, show
+from omni_adapter.doctor import diagnose
 from tests.families import build_family, tiny_config
 
 
@@ -214,10 +213,8 @@ def test_wrong_names_and_settings(talker_folder, grafts, tmp_path):
 
 
 def test_table(talker_folder, grafts):
-    console = Console(width=100, record=True, quiet=True)
-    with console.capture():
-        show(diagnose(talker_folder / "base", **grafts), console)
-    lines = CliRunner().invoke(cli.app, ["doctor", str(talker_folder / "base"), *_options(grafts)]).stdout
+    shown = CliRunner().invoke(cli.app, ["doctor", str(talker_folder / "base"), *_options(grafts)]).stdout
+    lines = " ".join(shown.split())  # wherever long paths break them
     for words in (
         "LlamaForCausalLM (llama)", "0.1 M, float32", "'<|end|>' (2)", "7 rows of 64 codes", "stage 1 align",
         "learns", "weights in bfloat16", "cache of 1000 steps", "pass --load", "can be wrapped.",
