@@ -1,4 +1,6 @@
+import ast
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -6,6 +8,7 @@ import torch
 from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration
 
+import omni_adapter.backbone
 from omni_adapter.backbone import Backbone, BackboneCache
 from omni_adapter.errors import BackboneError
 from omni_adapter.vocab import NO_TEXT
@@ -13,10 +16,30 @@ from tests.families import VOCAB_SIZE, WIDTH, build_family, build_fresh
 
 IDS = torch.tensor([[5, 9, 33, 7, 60, 21, 8]])
 
+# Lowest first, as the package's docstring has them.
+FILES = ("inspection", "caches", "runner", "probes", "projection", "packing", "lora", "backbone", "__init__")
+
 
 @pytest.fixture
 def llama():
     return Backbone(build_fresh("llama"))
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_files_of_the_package_import_from_lower_ones_only(file):
+    folder = Path(omni_adapter.backbone.__file__).parent
+    assert {path.stem for path in folder.glob("*.py")} == set(FILES)
+    package = "omni_adapter.backbone"
+    imports = [
+        node
+        for node in ast.walk(ast.parse((folder / f"{file}.py").read_text()))
+        if isinstance(node, ast.ImportFrom)
+    ]
+    used = {
+        node.module.removeprefix(f"{package}.") for node in imports if node.module.startswith(f"{package}.")
+    }
+    used |= {alias.name for node in imports if node.module == package for alias in node.names}
+    assert used <= set(FILES[: FILES.index(file)])
 
 
 def test_no_text_embeds_to_zero_and_ids_to_their_vectors(llama):

@@ -1,0 +1,307 @@
+"""A causal LM, run on embeddings instead of ids.
+
+Embeddings in, text logits and hidden states out: [B, S, D] -> [B, S, V] and [B, S, hidden width]. Puts the
+files beside it together: each pass goes the way that this LM takes, and what must be found out by running it
+is found out when first asked for. Knows nothing of audio, codes, tokenizers or prompts.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from omni_adapter.backbone import caches, inspection, probes, projection
+from omni_adapter.backbone.caches import BackboneCache
+from omni_adapter.backbone.inspection import class_name
+from omni_adapter.backbone.lora import Lora, copy_weights, find_targets, make_config, read_config
+from omni_adapter.backbone.packing import Packing, find_packing, keep_apart
+from omni_adapter.backbone.runner import BackboneOutput, Runner, Steps
+from omni_adapter.errors import BackboneError
+
+logger = logging.getLogger(__name__)
+
+_RMS_SAMPLES = 1024
+
+
+class Backbone(Runner):
+    """A causal LM, run on embeddings instead of ids.
+
+    Args:
+        lm: any causal LM of transformers; its weights, embeddings and vocabulary stay as they are.
+        probe: run a few tokens to see that the model does what its signature promises.
+
+    Attributes:
+        width: width D of the embeddings.
+        vocab_size: entries V of the text logits.
+        accepts: argument names that the LM's forward takes.
+        replays: whether all steps are run again at each cached step, for want of a usable state.
+
+    Raises:
+        BackboneError: if the model lacks something that hearing or speaking needs; the text names it.
+    """
+
+    def __init__(self, lm: PreTrainedModel, *, probe: bool = True) -> None:
+        super().__init__(lm)
+        self._lora: Lora | None = None
+        with torch.no_grad():
+            self.width: int = probes.sample(self, steps=1).shape[-1]
+        self.vocab_size = inspection.vocab_size(lm)
+        if probe and self.device.type != "meta":
+            probes.learn_behaviour(self)
+
+    # --- running ---
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: BackboneCache | None = None,
+        use_cache: bool = False,
+        logits_to_keep: int = 0,
+    ) -> BackboneOutput:
+        """Run the LM over ``embeddings``, after the steps that ``cache`` has seen.
+
+        Args:
+            embeddings: [B, S, D].
+            attention_mask: 1 for steps and 0 for padding, which belongs on the left, [B, past + S]; None if
+                nothing is padded; or, where rows hold several samples, which step sees which, bool
+                [B, 1, S, S].
+            position_ids: position of each step, from 0, [B, S]; derived from the mask if None; dropped where
+                the LM takes none.
+            cache: what the last call returned; it is consumed.
+            use_cache: return a cache for the next call.
+            logits_to_keep: compute the logits of the last so many steps; 0 for all.
+        """
+        steps = Steps(embeddings, attention_mask, position_ids)
+        if attention_mask is not None and attention_mask.dim() > 2:
+            packed = keep_apart(steps, self, packing=self.packing)
+            return self.run(packed, logits_to_keep=logits_to_keep)
+        if cache is not None and embeddings.shape[1] > 1 and not (self.replays or self._chunks_are_exact):
+            return self._run_one_by_one(steps, cache, logits_to_keep=logits_to_keep)
+        return self.run(steps, cache, use_cache=use_cache, logits_to_keep=logits_to_keep)
+
+    def _run_one_by_one(self, steps: Steps, cache: BackboneCache, *, logits_to_keep: int) -> BackboneOutput:
+        """Feed step after step, for an LM whose state takes only one at a time."""
+        past, last = cache.steps, cache
+        outputs: list[BackboneOutput] = []
+        for index in range(steps.embeddings.shape[1]):
+            outputs.append(self.run(steps.one(index, past=past), last, use_cache=True))
+            last = outputs[-1].cache or last
+        logits = torch.cat([output.logits for output in outputs], dim=1)
+        hidden = torch.cat([output.hidden for output in outputs], dim=1)
+        return BackboneOutput(logits[:, -logits_to_keep:], hidden, last)
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """Return the LM's own logits of states that enter its head, with its own scales, caps and biases.
+
+        Args:
+            hidden: states as ``forward`` returns them, [B, S, hidden width].
+
+        Returns:
+            Logits, [B, S, V]; they are the LM's only if ``projects``.
+        """
+        return projection.project(self, hidden, body=self._body)
+
+    def select_rows(self, cache: BackboneCache, indices: Tensor) -> BackboneCache:
+        """Gather rows of a cache: repeat, reorder or drop them.
+
+        Args:
+            cache: stays as it is.
+            indices: int64 rows of ``cache``, [n].
+
+        Returns:
+            A cache of n rows that shares no memory with ``cache``.
+        """
+        return caches.select_rows(cache, indices)
+
+    def checkpoint_gradients(self) -> None:
+        """Compute the LM's states again in backward passes instead of keeping them.
+
+        Raises:
+            BackboneError: if transformers cannot do so for this LM.
+        """
+        try:
+            self.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[no-untyped-call]
+        except ValueError as error:
+            raise BackboneError(
+                f"{class_name(self.lm)} cannot checkpoint gradients: {probes.first_line(error)}; "
+                "train it without"
+            ) from error
+
+    # --- what is known of the LM ---
+
+    @property
+    def max_positions(self) -> int | None:
+        """Steps that the LM's positions reach, None if they have no end."""
+        limit = inspection.max_positions(self.lm)
+        return None if limit is None else limit - self.position_offset
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether weights of the LM are stored in less than 16 bits, so that they cannot learn."""
+        return inspection.is_quantized(self.lm)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return the facts of the LM's config by which it is recognised, as plain JSON."""
+        return inspection.fingerprint(self.lm)
+
+    @cached_property
+    def embedding_rms(self) -> float:
+        """Root mean square of the input embeddings, the scale that embeddings of audio should have."""
+        with torch.no_grad():
+            count = self.embedding_table.shape[0]
+            ids = torch.arange(0, count, -(-count // _RMS_SAMPLES), device=self.device)
+            return float(self.embed(ids[None]).float().square().mean().sqrt())
+
+    @cached_property
+    def hidden_width(self) -> int:
+        """Width of the hidden states; equal to ``width`` in all but a few LMs."""
+        return probes.hidden_width(self)
+
+    @cached_property
+    def padding_is_exact(self) -> bool:
+        """Whether rows that are padded on the left come out as they do alone; tried when first asked."""
+        return probes.padding_is_exact(self)
+
+    @cached_property
+    def packing(self) -> Packing | None:
+        """How several samples in one row can be kept apart, None if they cannot; tried when first asked."""
+        return find_packing(self)
+
+    @cached_property
+    def projects(self) -> bool:
+        """Whether ``project`` gives the LM's logits; tried when first asked."""
+        return projection.gives_logits(self, self.project)
+
+    @property
+    def linear_head(self) -> nn.Linear | None:
+        """The LM's head if its logits are nothing but this matrix times the hidden state, else None."""
+        head: Any = inspection.find_head(self.lm)
+        plain = type(head) is nn.Linear and head.bias is None  # subclasses are quantised or carry LoRA
+        return head if plain and self._head_is_linear else None
+
+    @cached_property
+    def _head_is_linear(self) -> bool:
+        """Whether logits, large ones too, are those of the head alone: neither scaled nor capped."""
+        return self.projects and projection.head_is_linear(self, self.project)
+
+    @cached_property
+    def _body(self) -> projection.Body:
+        """The module whose last hidden state enters the head."""
+        return projection.find_body(self)
+
+    @cached_property
+    def _chunks_are_exact(self) -> bool:
+        """Whether several steps at once after a cache come out as they do one by one."""
+        return probes.chunks_are_exact(self)
+
+    # --- LoRA ---
+
+    @property
+    def has_lora(self) -> bool:
+        """Whether LoRA was added."""
+        return self._lora is not None
+
+    @property
+    def lora_targets(self) -> tuple[str, ...]:
+        """Names of the modules that carry LoRA, empty without."""
+        return self._lora.targets if self._lora else ()
+
+    @property
+    def lora_config(self) -> LoraConfig | None:
+        """PEFT's settings of the LoRA that was added, None without."""
+        return self._lora.config if self._lora else None
+
+    def add_lora(
+        self,
+        rank: int = 16,
+        *,
+        alpha: float | None = None,
+        dropout: float = 0.0,
+        targets: str | Sequence[str] = "all-linear",
+        use_dora: bool = False,
+    ) -> tuple[str, ...]:
+        """Add LoRA to the LM's linear layers.
+
+        Args:
+            rank: rank of each update.
+            alpha: scale times rank; None for twice the rank.
+            dropout: dropout before each update.
+            targets: names of modules, or ``all-linear`` for every linear layer that the text path runs.
+            use_dora: learn the length of each weight vector apart from its direction (DoRA).
+
+        Returns:
+            Names of the modules that carry LoRA.
+
+        Raises:
+            BackboneError: if LoRA was added before, or nothing fits ``targets``.
+        """
+        modules = find_targets(self, targets)
+        self._attach_lora(make_config(modules, rank=rank, alpha=alpha, dropout=dropout, use_dora=use_dora))
+        logger.info("LoRA of rank %d on %d modules of %s", rank, len(modules), class_name(self.lm))
+        return self.lora_targets
+
+    def _attach_lora(self, config: LoraConfig) -> Lora:
+        """Put LoRA into the LM's modules, in place."""
+        if self._lora:
+            raise BackboneError(
+                f"LoRA was added already, to {len(self._lora.targets)} modules of {class_name(self.lm)}"
+            )
+        self._lora = Lora(self.lm, config)
+        return self._lora
+
+    @contextmanager
+    def lora_disabled(self) -> Iterator[None]:
+        """Run the base's own weights inside: its logits come out bit for bit."""
+        if self._lora is None:
+            yield
+            return
+        with self._lora.disabled():
+            yield
+
+    def lora_state_dict(self) -> dict[str, Tensor]:
+        """Return the LoRA weights by name, empty without LoRA. They are the live ones, not copies."""
+        return self._lora.weights() if self._lora else {}
+
+    def load_lora_state_dict(self, weights: Mapping[str, Tensor]) -> None:
+        """Load what ``lora_state_dict`` returned, into LoRA added with the same settings.
+
+        Raises:
+            BackboneError: if names or shapes differ.
+        """
+        copy_weights(weights, into=self.lora_state_dict(), name=class_name(self.lm))
+
+    def save_lora(self, folder: Path) -> None:
+        """Write LoRA as PEFT does, so that PEFT alone can put it onto the base as well."""
+        if self._lora:
+            self._lora.save(folder)
+
+    def load_lora(self, folder: Path) -> None:
+        """Add the LoRA that ``save_lora`` or PEFT wrote.
+
+        Raises:
+            BackboneError: if it is no LoRA, or LoRA was added before.
+            CheckpointError: if its file is broken or its tensors do not fit this LM.
+        """
+        self._attach_lora(read_config(folder)).read(folder)
+
+    def drop_lora(self) -> None:
+        """Take LoRA off again and leave the base's weights as they were."""
+        if self._lora:
+            self._lora.drop()
+        self._lora = None
+
+    def merge_lora(self) -> None:
+        """Add the LoRA updates to the base's weights for good, and drop LoRA."""
+        if self._lora:
+            self._lora.merge()
+        self._lora = None
