@@ -44,7 +44,8 @@ from omni_adapter.data.dataset import (
     Mixture,
     sample_lengths,
 )
-from omni_adapter.data.rows import Rejects, Row, check_columns, to_sample
+from omni_adapter.data.layout import TASKS
+from omni_adapter.data.rows import TAUGHT_TASKS, Rejects, Row, check_columns, to_sample
 from omni_adapter.data.sources import SourceSpec, open_source
 from omni_adapter.errors import ConfigError, DataError, MissingDependencyError, OmniError
 from omni_adapter.generation.streaming import Reply
@@ -211,8 +212,14 @@ def prepare(settings: TrainSettings, accelerator: Accelerator, *, shards: bool =
     talker = build_talker(settings)
     table = apply_stage(talker, settings)
     mixture = open_mixture(settings)
+    loss = parse(LossSettings, settings.loss, source="loss")
+    check_lessons(loss, mixture)
     sample = partial(
-        to_sample, processor=talker.processor, codec=talker.codec, max_steps=settings.data.max_length
+        to_sample,
+        processor=talker.processor,
+        codec=talker.codec,
+        max_steps=settings.data.max_length,
+        taught=loss.distil,
     )
     seed_everything(settings.seed + ranks.rank)
     feed = BatchLoader(
@@ -227,7 +234,7 @@ def prepare(settings: TrainSettings, accelerator: Accelerator, *, shards: bool =
         workers=settings.data.workers,
         rejects=Rejects(limit=settings.data.max_rejected),
     )
-    model = TrainingModel(talker.model, parse(LossSettings, settings.loss, source="loss")).train()
+    model = TrainingModel(talker.model, loss).train()
     engine = make_engine(model, settings, accelerator, ranks=ranks, shards=shards)
     encoder, spec = talker.processor.log_mel, talker.config.codec_spec
     heard_frames = talker.config.encoder_stride * talker.config.audio_adapter.stack
@@ -291,6 +298,21 @@ def open_mixture(settings: TrainSettings) -> Mixture:
         spec = parse(SourceSpec, values, source=f"data.sources[{number}]")
         specs.extend([spec] if spec.task is not None else _specs_by_task(spec, tasks))
     return Mixture(specs, seed=settings.seed)
+
+
+def check_lessons(loss: LossSettings, mixture: Mixture) -> None:
+    """Refuse a mixture with tasks that the base cannot teach, if it is to teach.
+
+    Raises:
+        ConfigError: naming them.
+    """
+    learned = {spec.task for spec in mixture.specs if spec.task and TASKS[spec.task].text_loss}
+    untaught = sorted(learned - TAUGHT_TASKS) if loss.distil else []
+    if untaught:
+        raise ConfigError(
+            f"loss.distil: the base can teach {', '.join(sorted(TAUGHT_TASKS))}, not {', '.join(untaught)}; "
+            "name the tasks in data.tasks, such as data.tasks='{speech_to_text: 1, tts: 1}'"
+        )
 
 
 def make_engine(

@@ -20,11 +20,19 @@ PADDING = -1
 
 
 class Sample(NamedTuple):
-    """One prompt, with or without its answer, and the recordings in it."""
+    """One prompt, with or without its answer, and the recordings in it.
+
+    Attributes:
+        layout: the sample on the grid.
+        recordings: what is heard, in order.
+        id: name, for messages.
+        teacher: the same answer after a prompt in text alone, where the base itself is to teach it.
+    """
 
     layout: Layout
     recordings: tuple[Recording, ...] = ()
     id: str = ""
+    teacher: "Sample | None" = None
 
 
 class ClipPlace(NamedTuple):
@@ -49,6 +57,7 @@ class Batch:
         segments: number of the sample that each step belongs to, int64 [B, S], -1 at padding; None if every
             row holds one sample.
         ids: names of the samples, row by row.
+        teacher: the samples that the base itself teaches, after prompts in text alone, in the same order.
     """
 
     grid: Tensor
@@ -59,6 +68,7 @@ class Batch:
     clips: Clips | None = None
     segments: Tensor | None = None
     ids: tuple[str, ...] = ()
+    teacher: "Batch | None" = None
 
     @property
     def is_padded(self) -> bool:
@@ -83,6 +93,7 @@ class Batch:
             self.clips.to(device) if self.clips else None,
             self.segments.to(device) if self.segments is not None else None,
             self.ids,
+            self.teacher.to(device) if self.teacher else None,
         )
 
 
@@ -112,7 +123,14 @@ def collate(samples: Sequence[Sample], *, rules: GridRules, side: Literal["left"
     recordings = [recording for sample in samples for recording in sample.recordings]
     clips = Clips.of(recordings) if recordings else None
     ids = tuple(sample.id for sample in samples)
-    return Batch(grid, labels, mask, positions, tuple(places), clips, ids=ids)
+    teacher = teacher_of(samples, rules=rules)
+    return Batch(grid, labels, mask, positions, tuple(places), clips, ids=ids, teacher=teacher)
+
+
+def teacher_of(samples: Sequence[Sample], *, rules: GridRules) -> Batch | None:
+    """Return what the base reads to teach some of ``samples``, in their order; None if it teaches none."""
+    teachers = [sample.teacher for sample in samples if sample.teacher is not None]
+    return collate(teachers, rules=rules, side="right") if teachers else None
 
 
 def segment_mask(segments: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from omni_adapter.audio.clips import Clips
-from omni_adapter.data.collator import PADDING, Batch, ClipPlace, Sample
+from omni_adapter.data.collator import PADDING, Batch, ClipPlace, Sample, teacher_of
 from omni_adapter.data.layout import GridRules
 from omni_adapter.errors import DataError
 from omni_adapter.vocab import IGNORE_INDEX
@@ -96,6 +96,7 @@ def collate_packed(rows: Sequence[Sequence[Sample]], *, rules: GridRules) -> Bat
         Clips.of(recordings) if recordings else None,
         segments=segments,
         ids=tuple(sample.id for sample in samples),
+        teacher=teacher_of(samples, rules=rules),
     )
 
 

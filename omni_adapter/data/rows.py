@@ -38,7 +38,7 @@ that is ``text_in`` (``text_out`` where that is all there is); ``tts`` learns to
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -71,6 +71,7 @@ REASONS: Mapping[str, str] = {
     "no_task": "neither the row nor its source names a task",
     "no_text_in": "the task reads, but the row has no question",
     "no_text_out": "the task needs a text to learn or to read aloud, but the row has none",
+    "not_taught": "the base is to teach, and cannot teach this task",
     "not_spoken": "the synthesizer could not speak the text",
     "outside_root": "a path leaves the folder of the data",
     "too_long": "the sample has more steps than the run allows",
@@ -78,6 +79,9 @@ REASONS: Mapping[str, str] = {
     "wrong_type": "a column holds a value of the wrong type",
 }
 """Reason codes of rejects; those of recordings are ``audio_in_`` or ``audio_out_`` and ``AudioError``'s."""
+
+TAUGHT_TASKS = frozenset({"speech_to_text", "speech_to_speech"})
+"""Tasks whose text the base itself can teach: it would answer the same question in text."""
 
 Message = dict[str, Any]
 _ROLES = ("system", "user", "assistant", "tool")
@@ -239,7 +243,12 @@ def read_row(
 
 
 def to_sample(
-    row: Row, processor: OmniProcessor, *, codec: Codec | None = None, max_steps: int | None = None
+    row: Row,
+    processor: OmniProcessor,
+    *,
+    codec: Codec | None = None,
+    max_steps: int | None = None,
+    taught: bool = False,
 ) -> Sample:
     """Lay a row out with its answer.
 
@@ -248,6 +257,7 @@ def to_sample(
         processor: the talker's.
         codec: encodes ``audio_out`` of rows without codes.
         max_steps: longest sample that is taken.
+        taught: the base teaches answers to speech by what it makes of the question in text, ``text_in``.
 
     Raises:
         RowError: if the row cannot be laid out.
@@ -257,6 +267,7 @@ def to_sample(
     answer = Answer(processor.text_ids(row.answer_text)[:-1], codes)
     try:
         sample = processor(row.messages(), task=row.task, answer=answer)
+        teacher = _teacher(row, processor, answer) if taught else None
     except AudioError as error:
         raise RowError(f"{row.id}: {error}", reason=f"audio_in_{error.reason}") from error
     except CodeGridError as error:
@@ -266,7 +277,22 @@ def to_sample(
     steps = sample.layout.grid.shape[1]
     if max_steps is not None and steps > max_steps:
         raise RowError(f"{row.id} takes {steps} steps, the run allows {max_steps}", reason="too_long")
-    return sample._replace(id=row.id)
+    return sample._replace(id=row.id, teacher=teacher)
+
+
+def _teacher(row: Row, processor: OmniProcessor, answer: Answer) -> Sample | None:
+    """The row's question in text, with the same answer; None for tasks that learn no text."""
+    if not get_task(row.task).text_loss:
+        return None
+    if row.task not in TAUGHT_TASKS:
+        raise RowError(f"{row.id}: the base cannot teach {row.task}", reason="not_taught")
+    if row.text_in is None:
+        raise RowError(f"{row.id}: the base can only teach rows that have text_in", reason="no_text_in")
+    written = replace(row, task="text_to_text")
+    teacher = processor(written.messages(), task="text_to_text", answer=Answer(answer.text_ids))
+    if teacher.recordings:
+        raise RowError(f"{row.id}: the base cannot teach turns with recordings", reason="bad_turns")
+    return teacher
 
 
 def _answer_codes(row: Row, codec: Codec | None) -> Tensor:

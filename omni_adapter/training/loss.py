@@ -47,7 +47,9 @@ class LossSettings:
         normalisation: ``joint`` is the mean over all labels of all rows together, the paper's negative
             log-likelihood of text and audio; ``rows`` is the mean over rows of each row's own mean, as
             SLAM-Omni has it, where a row without labels counts as zero.
-        temperature: by which logits are divided where the base's own answer is learned (distillation).
+        distil: text answers to speech are learned from the base itself: from the distribution that it gives,
+            without LoRA, for the same question in text (Ultravox). Teaches hearing without moving the base.
+        temperature: by which logits are divided then.
         chunk_logits: logits that exist at a time.
     """
 
@@ -55,6 +57,7 @@ class LossSettings:
     row_weights: tuple[Weight, ...] | None = None
     pad_weight: Weight = 0.0
     normalisation: Normalisation = "joint"
+    distil: bool = False
     temperature: Annotated[float, Field(gt=0)] = 2.0
     chunk_logits: Positive = 1 << 25
 
@@ -141,17 +144,16 @@ class TrainingModel(nn.Module):
         """Return the labels of each row of a batch, [K + 1], without running the model."""
         return self._targets(batch).counts
 
-    def forward(self, batch: Batch, teacher: Batch | None = None) -> Losses:
+    def forward(self, batch: Batch) -> Losses:
         """Return the losses of a batch.
 
         Args:
-            batch: what to learn.
-            teacher: the same answers after prompts in text alone, in the same order; if given, text is not
-                learned from its labels but from what the base without LoRA makes of these prompts: the
-                divergence of its distribution at ``temperature`` (distillation).
+            batch: what to learn. With ``settings.distil`` text is not learned from its labels but from what
+                the base without LoRA makes of ``batch.teacher``, the same answers after prompts in text: the
+                divergence from its distribution at ``temperature``.
 
         Raises:
-            PromptError: if the answers of ``teacher`` are others.
+            PromptError: if the answers of ``batch.teacher`` are others.
             ConfigError: if the base itself learns, so that it cannot teach.
         """
         targets = self._targets(batch)
@@ -164,8 +166,8 @@ class TrainingModel(nn.Module):
         )
         places, labels = targets.places[-1], targets.labels[-1]
         criterion: _Criterion = _Labels((labels,), (targets.weights[-1],))
-        if teacher is not None:
-            teach = self._teach(teacher, labels)
+        if self.settings.distil:
+            teach = self._teach(batch.teacher or _no_lesson(batch), labels)
             criterion = _Answers(labels, targets.weights[-1], teach, self.settings.temperature)
         states = output.logits if self._needs_logits else output.hidden
         text, text_report = self._text_loss(states, places, criterion)
@@ -311,6 +313,17 @@ class TrainingModel(nn.Module):
                 return backbone.project(states[piece][None])[0]
 
         return answer
+
+
+def _no_lesson(batch: Batch) -> Batch:
+    """A step without labels: what the base reads where it teaches nothing, as others may wait for it."""
+    step = slice(int(batch.attention_mask[0].argmax()), int(batch.attention_mask[0].argmax()) + 1)
+    return Batch(
+        batch.grid[:1, :, step],
+        torch.full_like(batch.labels[:1, :, step], IGNORE_INDEX),
+        batch.attention_mask[:1, step],
+        torch.zeros_like(batch.position_ids[:1, step]),
+    )
 
 
 class _Targets(NamedTuple):

@@ -199,6 +199,31 @@ def test_samples_hold_the_rows_answer(task, talker, question):
     assert talker.tokenizer.decode(layout.grid[-1].clamp(min=0)).count("Be kind.") == 1
 
 
+@pytest.mark.parametrize("task", ["speech_to_text", "speech_to_speech", "tts"])
+def test_the_base_reads_the_question_that_is_heard(task, talker, question):
+    row = parse_row({**WHOLE, "audio_in": question}, task=task)
+    sample = to_sample(row, talker.processor, taught=True)
+    if task == "tts":
+        assert sample.teacher is None
+        return
+    read = sample.teacher.layout
+    assert WHOLE["text_in"] in talker.tokenizer.decode(read.grid[-1])
+    assert not read.spans
+    learned, taught = (layout.labels[-1][layout.labels[-1] >= 0] for layout in (sample.layout, read))
+    assert learned.tolist() == taught.tolist()
+
+
+def test_rows_that_the_base_cannot_teach_are_named(talker, question):
+    silent = parse_row({**WHOLE, "audio_in": question, "text_in": None}, task="speech_to_text")
+    with pytest.raises(RowError, match="can only teach rows that have text_in") as caught:
+        to_sample(silent, talker.processor, taught=True)
+    assert caught.value.reason == "no_text_in"
+    written = parse_row({**WHOLE, "audio_in": question}, task="asr")
+    with pytest.raises(RowError, match="the base cannot teach asr") as caught:
+        to_sample(written, talker.processor, taught=True)
+    assert caught.value.reason == "not_taught"
+
+
 def test_earlier_turns_are_part_of_the_prompt(talker):
     turns = [{"role": "user", "content": "Hello."}, {"role": "assistant", "content": "I am fine."}]
     row = parse_row({**WHOLE, "turns": turns}, task="text_to_speech")

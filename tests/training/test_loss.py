@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -377,8 +378,10 @@ def test_distillation_equals_plain_divergence(family):
         F.softmax(theirs[:, :-1][theirs_at] / temperature, dim=-1),
         reduction="sum",
     )
-    settings = LossSettings(temperature=temperature, chunk_logits=4 * VOCAB_SIZE, row_weights=(0, 0, 0))
-    losses = TrainingModel(model, settings)(batch, teacher)
+    settings = LossSettings(
+        distil=True, temperature=temperature, chunk_logits=4 * VOCAB_SIZE, row_weights=(0, 0, 0)
+    )
+    losses = TrainingModel(model, settings)(replace(batch, teacher=teacher))
     torch.testing.assert_close(losses.sums[TEXT], plain, atol=1e-5, rtol=1e-5)
     assert losses.nll[TEXT].item() == pytest.approx(plain_sums(model, batch)[TEXT].item(), rel=1e-5)
     assert_same(gradients(model, losses.total()), gradients(model, plain / ours_at.sum()))
@@ -389,9 +392,23 @@ def test_base_has_nothing_to_learn_from_itself():
     model = build_model()
     prepare_stage(model, "align")
     _, teacher = heard_and_read(rules_of(model))
-    losses = TrainingModel(model)(teacher, teacher)
+    losses = TrainingModel(model, LossSettings(distil=True))(replace(teacher, teacher=teacher))
     assert losses.sums[TEXT].item() == pytest.approx(0, abs=1e-5)
     assert losses.nll[TEXT] > 1
+
+
+def test_batches_without_lessons_learn_the_rest():
+    """The base runs all the same, so that processes with other batches do not wait for it."""
+    model = build_model()
+    prepare_stage(model, "align")
+    batch = make_batch(rules_of(model), ["tts"])
+    training, calls = TrainingModel(model, LossSettings(distil=True)), []
+    with model.backbone.lm.register_forward_hook(lambda *_: calls.append(1)):
+        taught = training(batch)
+    assert len(calls) == 2
+    plain = TrainingModel(model)(batch)
+    torch.testing.assert_close(taught.sums, plain.sums)
+    assert taught.counts[TEXT] == 0
 
 
 def test_teacher_must_hold_the_same_answers():
@@ -402,10 +419,10 @@ def test_teacher_must_hold_the_same_answers():
     with pytest.raises(
         PromptError, match="the same answers in the same order: expected 15 labels of text, got"
     ):
-        TrainingModel(model)(batch, other)
+        TrainingModel(model, LossSettings(distil=True))(replace(batch, teacher=other))
     prepare_stage(model, "finetune", lm_mode="full")
     with pytest.raises(ConfigError, match="the base cannot teach while it learns itself"):
-        TrainingModel(model)(batch, teacher)
+        TrainingModel(model, LossSettings(distil=True))(replace(batch, teacher=teacher))
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
