@@ -10,7 +10,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 import omni_adapter.backbone
 from omni_adapter.backbone import Backbone, BackboneCache
-from omni_adapter.errors import BackboneError
+from omni_adapter.errors import BackboneError, CheckpointError
 from omni_adapter.vocab import NO_TEXT
 from tests.families import VOCAB_SIZE, WIDTH, build_family, build_fresh
 
@@ -223,3 +223,25 @@ def test_rounding_of_half_precision_is_no_reason_to_run_again(family):
     backbone = Backbone(build_fresh(family).to(torch.bfloat16))
     assert not backbone.replays
     assert backbone.padding_is_exact
+
+
+def test_lora_that_does_not_fit_leaves_the_base_as_it_was(tmp_path):
+    backbone = Backbone(build_fresh("llama"))
+    backbone.add_lora(rank=2, targets=["q_proj"])
+    backbone.save_lora(tmp_path)
+    wider = Backbone(build_fresh("llama", hidden_size=48))
+    with pytest.raises(CheckpointError):
+        wider.load_lora(tmp_path)
+    assert not wider.has_lora
+    assert not any("lora_" in name for name, _ in wider.lm.named_parameters())
+
+
+def test_lora_of_others_may_name_its_targets_by_a_pattern(tmp_path):
+    backbone = Backbone(build_fresh("llama"))
+    names = backbone.add_lora(rank=2, targets=["q_proj"])
+    backbone.save_lora(tmp_path)
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**settings, "target_modules": r".*\.q_proj"}))
+    again = Backbone(build_fresh("llama"))
+    again.load_lora(tmp_path)
+    assert again.lora_targets == tuple(sorted(names))

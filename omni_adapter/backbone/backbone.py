@@ -23,7 +23,7 @@ from omni_adapter.backbone.inspection import class_name
 from omni_adapter.backbone.lora import Lora, copy_weights, find_targets, make_config, read_config
 from omni_adapter.backbone.packing import Packing, find_packing, keep_apart
 from omni_adapter.backbone.runner import BackboneOutput, Runner, Steps
-from omni_adapter.errors import BackboneError
+from omni_adapter.errors import BackboneError, CheckpointError
 
 logger = logging.getLogger(__name__)
 
@@ -292,7 +292,12 @@ class Backbone(Runner):
             BackboneError: if it is no LoRA, or LoRA was added before.
             CheckpointError: if its file is broken or its tensors do not fit this LM.
         """
-        self._attach_lora(read_config(folder)).read(folder)
+        lora = self._attach_lora(read_config(folder))
+        try:
+            lora.read(folder)
+        except (BackboneError, CheckpointError):
+            self.drop_lora()
+            raise
 
     def drop_lora(self) -> None:
         """Take LoRA off again and leave the base's weights as they were."""

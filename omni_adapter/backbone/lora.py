@@ -48,7 +48,7 @@ class Lora:
     def __init__(self, lm: PreTrainedModel, config: LoraConfig) -> None:
         self._lm = lm
         self._peft = get_peft_model(lm, config, adapter_name=_ADAPTER)
-        self.targets = tuple(sorted(config.target_modules or ()))
+        self.targets = tuple(sorted(self._peft.targeted_module_names))
 
     @property
     def config(self) -> LoraConfig:
