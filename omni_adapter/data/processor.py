@@ -76,7 +76,9 @@ class OmniProcessor:
             AudioError: if a recording cannot be used.
         """
         spec = get_task(task)
-        if spec.text_given:
+        if spec.text_given and not self.rules.text_marks:
+            # The text is the answer. Shown in the prompt too, it would teach a voice that looks ahead, which
+            # no spoken answer can.
             messages = [*_without_last_user(messages), {"role": "user", "content": ""}]
         segments, sounds = self.apply_chat_template(messages, tools=tools)
         if spec.hears and not sounds:

@@ -166,6 +166,8 @@ def test_original_prompts_have_no_chat_template(talker, question):
     processor = OmniProcessor(talker.tokenizer, talker.processor.log_mel, config=config)
     text = processor([{"role": "user", "content": "Yes"}], task="text_to_text").layout.grid[-1].tolist()
     assert text == [302, *talker.tokenizer("Yes")["input_ids"], 300, 303]
+    read = processor([{"role": "user", "content": "Yes"}], task="tts").layout.grid[-1].tolist()
+    assert read == text
     spoken = (
         processor([{"role": "user", "content": [{"type": "audio", "audio": question}]}], task="asr")
         .layout.grid[-1]
