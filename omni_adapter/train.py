@@ -61,8 +61,11 @@ from omni_adapter.training.engine import (
     find_layers,
     take_shard_wish,
 )
-from omni_adapter.training.loop import EXIT_FINISHED, RowLosses, Silent, Trainer, make_optimizer
+from omni_adapter.training.loop import EXIT_FINISHED, Trainer
 from omni_adapter.training.loss import LossSettings, TrainingModel
+from omni_adapter.training.metrics import Meter
+from omni_adapter.training.objective import RowLosses
+from omni_adapter.training.optimizer import make_optimizer
 from omni_adapter.training.report import ANSWER_FOLDER, write_report
 from omni_adapter.training.settings import (
     LoraSettings,
@@ -73,7 +76,7 @@ from omni_adapter.training.settings import (
     to_yaml,
 )
 from omni_adapter.training.stages import TrainableTable, get_stage, prepare_stage
-from omni_adapter.training.watch import Screen, Trackers, Watchers
+from omni_adapter.training.watch import Screen, Silent, Trackers, Watchers
 
 logger = logging.getLogger(__name__)
 
@@ -242,8 +245,12 @@ def prepare(settings: TrainSettings, accelerator: Accelerator, *, shards: bool =
         engine,
         RowLosses(
             model,
-            seconds_per_code=1 / spec.frame_rate_hz,
-            seconds_per_step=heard_frames * encoder.hop_length / encoder.sampling_rate,
+            meter=Meter(
+                spec.num_codebooks,
+                spec.codebook_size,
+                seconds_per_frame=1 / spec.frame_rate_hz,
+                seconds_per_step=heard_frames * encoder.hop_length / encoder.sampling_rate,
+            ),
         ),
         feed,
         settings=settings,

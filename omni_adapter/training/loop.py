@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
 from omni_adapter.config import dump
 from omni_adapter.data.collator import Batch
@@ -38,8 +38,11 @@ from omni_adapter.training.checkpoint import (
     write_tensors,
 )
 from omni_adapter.training.engine import AllRanks, Engine, is_out_of_memory
-from omni_adapter.training.loss import Losses, TrainingModel
-from omni_adapter.training.settings import OptimSettings, TrainSettings, describe_run, find_changes
+from omni_adapter.training.log import SKIPPED_FILE, RunLog, read_log
+from omni_adapter.training.objective import Objective
+from omni_adapter.training.optimizer import rate_share
+from omni_adapter.training.settings import TrainSettings, describe_run, find_changes
+from omni_adapter.training.watch import Silent, Watcher
 
 logger = logging.getLogger(__name__)
 
@@ -48,9 +51,6 @@ EXIT_STOPPED = 75
 """Exit code of a run that a signal stopped after it saved its state; the same command goes on with it."""
 
 CHECKPOINT_FOLDER = "checkpoints"
-LOG_FILE = "log.jsonl"
-SKIPPED_FILE = "skipped.jsonl"
-STATUS_FILE = "status.json"
 
 
 class Feed(Protocol):
@@ -66,101 +66,6 @@ class Feed(Protocol):
         """Go on from what ``state_dict`` returned."""
 
 
-class Watcher(Protocol):
-    """Sees what happens; called on every rank."""
-
-    def on_start(self, step: int, total: int) -> None:
-        """The run starts after ``step`` of ``total`` steps."""
-
-    def on_record(self, record: Mapping[str, Any]) -> None:
-        """An entry of the log was made."""
-
-    def on_step(self, step: int) -> None:
-        """A step was taken."""
-
-    def on_end(self) -> None:
-        """The run is over, finished or not."""
-
-
-class Objective(Protocol):
-    """What is minimised, and what is to be seen of it."""
-
-    @property
-    def sum_names(self) -> tuple[str, ...]:
-        """Names of the sums that ``measure`` returns; the first is the loss."""
-
-    def count(self, batch: Batch) -> Tensor:
-        """Return the labels of each row in a batch, [R]."""
-
-    def measure(self, model: nn.Module, batch: Batch, counts: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the share of a batch in the loss of a step with ``counts`` labels, and sums [n]."""
-
-    def describe(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """Return means, shares and the like of sums over ``sums["steps"]`` steps."""
-
-
-class RowLosses:
-    """The objective of a talker: its code rows and its text.
-
-    Args:
-        model: the talker with its loss.
-        seconds_per_code: duration of a frame of codes.
-        seconds_per_step: duration of what is heard in one step of the LM.
-    """
-
-    def __init__(self, model: TrainingModel, *, seconds_per_code: float, seconds_per_step: float) -> None:
-        self._count = model.counts
-        self._seconds_per_code = seconds_per_code
-        self._seconds_per_step = seconds_per_step
-        rows = model.model.config.codec_spec.num_codebooks
-        self.row_names = (*(f"row_{row}" for row in range(rows)), "text")
-
-    @property
-    def sum_names(self) -> tuple[str, ...]:
-        """Names of the sums that ``measure`` returns; the first is the loss."""
-        kinds = ("nll", "correct", "labels")
-        return ("loss", *(f"{row}/{kind}" for kind in kinds for row in self.row_names), "audio_seconds")
-
-    def count(self, batch: Batch) -> Tensor:
-        """Return the labels of each row in a batch, [K + 1]."""
-        return self._count(batch)
-
-    def measure(self, model: nn.Module, batch: Batch, counts: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the share of a batch in the loss of a step with ``counts`` labels, and sums [n]."""
-        losses: Losses = model(batch)
-        loss = losses.total(counts)
-        heard = self._seconds_per_step * sum(place.length for place in batch.places)
-        seconds = heard + self._seconds_per_code * losses.counts[0]
-        sums = (loss.detach()[None], losses.nll, losses.correct, losses.counts, seconds[None])
-        return loss, torch.cat([part.float() for part in sums])
-
-    def describe(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """Return the loss, and the loss and accuracy of each row that had labels."""
-        values = {"loss": sums["loss"] / sums["steps"]}
-        for row in self.row_names:
-            labels = sums[f"{row}/labels"]
-            if labels:
-                values[f"{row}/loss"] = sums[f"{row}/nll"] / labels
-                values[f"{row}/accuracy"] = sums[f"{row}/correct"] / labels
-        return values
-
-
-class Silent:
-    """A watcher that does nothing."""
-
-    def on_start(self, step: int, total: int) -> None:
-        """Do nothing."""
-
-    def on_record(self, record: Mapping[str, Any]) -> None:
-        """Do nothing."""
-
-    def on_step(self, step: int) -> None:
-        """Do nothing."""
-
-    def on_end(self) -> None:
-        """Do nothing."""
-
-
 @dataclass
 class Progress:
     """Where a run stands.
@@ -170,7 +75,6 @@ class Progress:
         memory_skips: steps skipped because a batch did not fit into memory.
         bad_steps: steps skipped because a loss or gradient was not finite.
         bad_in_a_row: those since the last step taken.
-        positions: steps of sequences seen, padding excluded.
         seconds: of training, without pauses between continuations.
         sums: sums since the last entry of the log, by name.
     """
@@ -179,7 +83,6 @@ class Progress:
     memory_skips: int = 0
     bad_steps: int = 0
     bad_in_a_row: int = 0
-    positions: int = 0
     seconds: float = 0.0
     sums: dict[str, float] = field(default_factory=dict)
 
@@ -203,7 +106,7 @@ class _Window(NamedTuple):
     did_not_fit: bool
     was_cut_short: bool
     stop_asked: bool
-    seconds: float
+    seconds: float = 0.0
 
 
 class Trainer:
@@ -242,6 +145,7 @@ class Trainer:
         self.watcher = watcher or Silent()
         self.progress = Progress()
         self.folder = Path(settings.out)
+        self.log = RunLog(self.folder, writes=self.ranks.rank == 0)
         self.average = self._start_average()
         self._batches: Iterator[Batch] | None = None
         self._stop_asked = False
@@ -255,7 +159,7 @@ class Trainer:
         """
         self.resume()
         total, every = self.settings.optim.num_steps, self.settings.checkpoint.every_steps
-        self._note("running")
+        self.log.note("running", self.progress.step)
         self.watcher.on_start(self.progress.step, total)
         try:
             with self._signals():
@@ -265,17 +169,17 @@ class Trainer:
                     window = self.take_step()
                     if window.stop_asked:
                         self.save(before if window.was_cut_short else None)
-                        self._note("stopped")
+                        self.log.note("stopped", self.progress.step)
                         return Result(EXIT_STOPPED, self.progress.step)
                     if self.progress.step % every == 0 and self.progress.step > saved:
                         self.save()
                         saved = self.progress.step
                 if saved < total:
                     self.save()
-            self._note("finished")
+            self.log.note("finished", self.progress.step)
             return Result(EXIT_FINISHED, self.progress.step)
         except BaseException:
-            self._note("failed")
+            self.log.note("failed", self.progress.step)
             raise
         finally:
             self.watcher.on_end()
@@ -286,15 +190,20 @@ class Trainer:
         Raises:
             TrainingError: if too many steps were skipped.
         """
+        started = _now(self.accelerator.device)
         batches = self._next_batches()
         window = self._run_batches(batches)
-        self.progress.seconds += window.seconds
+        stepped = False
         if window.was_cut_short:
             self.engine.drop()
         elif window.did_not_fit:
             self._skip_for_memory(batches)
         else:
-            self._finish_step(window, batches)
+            stepped = self._step(window, batches)
+        window = window._replace(seconds=_now(self.accelerator.device) - started)
+        self.progress.seconds += window.seconds
+        if stepped:
+            self._finish_step(window)
         return window
 
     def save(self, snapshot: Mapping[str, Any] | None = None) -> None:
@@ -336,7 +245,7 @@ class Trainer:
                 f"{found} is there already; go on with checkpoint.resume=auto, or choose another out"
             )
         if found is None:
-            self._write_log(())
+            self.log.start()
             return
         state = read_json(found / "state.json")
         self._check_same_run(state, found)
@@ -351,7 +260,7 @@ class Trainer:
         generators = read_tensors(found / f"rank-{self.ranks.rank:05d}.safetensors")
         self.feed.load_state_dict(own["feed"])
         set_random_state(own["random"], generators, self.accelerator.device)
-        self._write_log(entry for entry in read_log(self.folder) if entry["step"] <= self.progress.step)
+        self.log.start([entry for entry in read_log(self.folder) if entry["step"] <= self.progress.step])
         logger.info("the run goes on from %s", found)
 
     def _next_batches(self) -> list[Batch]:
@@ -363,7 +272,6 @@ class Trainer:
     def _run_batches(self, batches: Sequence[Batch]) -> _Window:
         """Gradients of this rank's micro-batches; what the ranks must agree on is added up."""
         device, names = self.accelerator.device, self.objective.sum_names
-        started = _now(device)
         counts = sum((self.objective.count(batch) for batch in batches), start=torch.zeros(()))
         counts = self.ranks.add(counts.to(device))
         sums = torch.zeros(len(names), device=device)
@@ -382,31 +290,36 @@ class Trainer:
                 raise
             logger.warning("a batch did not fit into memory: %s", str(error).splitlines()[0])
             did_not_fit = True
-        positions = sum(int(batch.attention_mask.sum()) for batch in batches)
-        flags = torch.tensor([did_not_fit, was_cut_short, self._stop_asked, positions], device=device)
-        told = self.ranks.add(torch.cat((sums, flags.to(sums.dtype)))).tolist()
-        values = dict(zip(names, told, strict=False)) | {"positions": told[-1], "steps": 1.0}
-        seconds = _now(device) - started
-        return _Window({**values, "seconds": seconds}, told[-4] > 0, told[-3] > 0, told[-2] > 0, seconds)
+        flags = torch.tensor([did_not_fit, was_cut_short, self._stop_asked], device=device)
+        *told, any_did_not_fit, any_cut_short, any_stop = self.ranks.add(
+            torch.cat((sums, flags.to(sums.dtype)))
+        ).tolist()
+        return _Window(
+            dict(zip(names, told, strict=True)), any_did_not_fit > 0, any_cut_short > 0, any_stop > 0
+        )
 
-    def _finish_step(self, window: _Window, batches: Sequence[Batch]) -> None:
-        """Let the optimizer step if the step is sound."""
+    def _step(self, window: _Window, batches: Sequence[Batch]) -> bool:
+        """Let the optimizer step if the step is sound; return whether it did."""
         share = rate_share(self.progress.step, self.settings.optim)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * share
         is_sound = math.isfinite(window.sums[self.objective.sum_names[0]])
         if not self.engine.step(is_sound=is_sound):
             self._skip_as_bad(batches)
-            return
+            return False
+        return True
+
+    def _finish_step(self, window: _Window) -> None:
+        """Count a step that was taken, and tell of it."""
         progress = self.progress
         progress.step += 1
         progress.bad_in_a_row = 0
-        progress.positions += int(window.sums["positions"])
-        for name, value in {**window.sums, "grad_norm": self.engine.norm}.items():
+        further = {"grad_norm": self.engine.norm, "steps": 1.0, "seconds": window.seconds}
+        for name, value in {**window.sums, **further}.items():
             progress.sums[name] = progress.sums.get(name, 0.0) + value
         self._update_average()
         if progress.step % self.settings.watch.log_every == 0 or progress.step == 1:
-            self._log(share)
+            self._log()
         self.watcher.on_step(progress.step)
 
     def _skip_for_memory(self, batches: Sequence[Batch]) -> None:
@@ -444,40 +357,24 @@ class Trainer:
         """Name the samples of a skipped step, those of all ranks."""
         names = [name for batch in batches for name in batch.ids]
         everywhere = self.ranks.gather(names)
-        entry = {"after_step": self.progress.step, "reason": reason, "samples": everywhere}
         logger.warning("step skipped (%s) after step %d", reason, self.progress.step)
-        if self.ranks.rank == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with open(self.folder / SKIPPED_FILE, "a", encoding="utf-8") as file:
-                file.write(json.dumps(entry) + "\n")
+        self.log.add_skip(after_step=self.progress.step, reason=reason, samples=everywhere)
 
-    def _log(self, share: float) -> None:
+    def _log(self) -> None:
         """Make an entry of the log from the sums since the last one."""
-        progress = self.progress
+        progress, optim = self.progress, self.settings.optim
         sums, progress.sums = progress.sums, {}
-        steps, seconds = sums["steps"], max(sums["seconds"], 1e-9)
         record = {
             "step": progress.step,
             **self.objective.describe(sums),
-            "learning_rate": self.settings.optim.learning_rate * share,
-            "grad_norm": sums["grad_norm"] / steps,
-            "positions_per_s": sums["positions"] / seconds,
-            "audio_hours_per_h": sums.get("audio_seconds", 0.0) / seconds,
+            "learning_rate": optim.learning_rate * rate_share(progress.step - 1, optim),
+            "grad_norm": sums["grad_norm"] / sums["steps"],
             "seconds": progress.seconds,
             "memory_skips": progress.memory_skips,
             "bad_steps": progress.bad_steps,
         }
-        if self.ranks.rank == 0:
-            with open(self.folder / LOG_FILE, "a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+        self.log.add(record)
         self.watcher.on_record(record)
-
-    def _write_log(self, entries: Any) -> None:
-        """Start the log anew with earlier entries."""
-        if self.ranks.rank == 0:
-            text = "".join(json.dumps(entry) + "\n" for entry in entries)
-            self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / LOG_FILE).write_text(text, encoding="utf-8")
 
     def _snapshot(self) -> dict[str, Any]:
         """All that a checkpoint needs besides weights and optimizer, which move in steps only."""
@@ -538,12 +435,6 @@ class Trainer:
         tensors = self.engine.parameters.values()
         return 3 * sum(value.numel() * value.element_size() for value in tensors)
 
-    def _note(self, state: str) -> None:
-        """Write down how the run stands, for whoever started it."""
-        if self.ranks.rank == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(self.folder / STATUS_FILE, {"state": state, "step": self.progress.step})
-
     @contextmanager
     def _signals(self) -> Iterator[None]:
         """Note SIGTERM and SIGINT inside; a second SIGINT interrupts at once."""
@@ -562,62 +453,6 @@ class Trainer:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-def rate_share(step: int, settings: OptimSettings) -> float:
-    """Return the share of the highest rate at which the step after ``step`` steps is taken.
-
-    It rises evenly to 1 over the warm-up and falls along half a cosine to ``final_share`` at the last step.
-    """
-    if step < settings.warmup_steps:
-        return (step + 1) / settings.warmup_steps
-    rest = max(1, settings.num_steps - settings.warmup_steps)
-    done = min(1.0, (step - settings.warmup_steps) / rest)
-    return settings.final_share + (1 - settings.final_share) * (1 + math.cos(math.pi * done)) / 2
-
-
-def make_optimizer(
-    groups: Mapping[str, Mapping[str, Tensor]], settings: OptimSettings, *, rates: Mapping[str, float]
-) -> torch.optim.AdamW:
-    """Return AdamW over all that learns.
-
-    Args:
-        groups: parameters of each weight group that learns.
-        settings: rates, decay and averages.
-        rates: highest rate of single groups; those of ``settings.group_rates`` come before them.
-
-    Raises:
-        TrainingError: if nothing learns.
-    """
-    by_kind: dict[tuple[float, float], list[Tensor]] = {}
-    for name, parameters in groups.items():
-        rate = settings.group_rates.get(name, rates.get(name, settings.learning_rate))
-        for parameter in parameters.values():
-            # Norms and biases have one dimension; to pull them to zero helps nobody.
-            decay = settings.weight_decay if parameter.dim() > 1 else 0.0
-            by_kind.setdefault((rate, decay), []).append(parameter)
-    if not by_kind:
-        raise TrainingError("nothing learns: the stage leaves every weight as it is")
-    options = [
-        {"params": parameters, "lr": rate, "peak_lr": rate, "weight_decay": decay}
-        for (rate, decay), parameters in by_kind.items()
-    ]
-    try:
-        return torch.optim.AdamW(options, betas=settings.betas, eps=settings.eps, fused=True)
-    except RuntimeError:  # a device or type without a fused kernel
-        return torch.optim.AdamW(options, betas=settings.betas, eps=settings.eps)
-
-
-def read_log(folder: Path) -> list[dict[str, Any]]:
-    """Return the entries of a run's log; a last line that a kill cut off is left out."""
-    entries = []
-    path = folder / LOG_FILE
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-        try:
-            entries.append(json.loads(line))
-        except ValueError:
-            break
-    return entries
 
 
 def _now(device: torch.device) -> float:

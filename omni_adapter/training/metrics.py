@@ -14,11 +14,6 @@ from omni_adapter.data.collator import Batch
 from omni_adapter.training.loss import Losses
 
 
-def name_rows(num_codebooks: int) -> tuple[str, ...]:
-    """Return the names of the K code rows and the text row, in the order of the losses."""
-    return (*(f"row_{row}" for row in range(num_codebooks)), "text")
-
-
 @dataclass(frozen=True)
 class Meter:
     """Measures batches.
@@ -36,11 +31,15 @@ class Meter:
     seconds_per_step: float
 
     @property
+    def rows(self) -> tuple[str, ...]:
+        """Names of the K code rows and the text row, in the order of the losses."""
+        return (*(f"row_{row}" for row in range(self.num_codebooks)), "text")
+
+    @property
     def names(self) -> tuple[str, ...]:
         """Names of the sums, in the order of ``measure``."""
-        rows = name_rows(self.num_codebooks)
-        kinds = ("nll", "correct", "labels")
-        return (*(f"{row}/{kind}" for kind in kinds for row in rows), "positions", "padding", "audio_seconds")
+        by_row = (f"{row}/{kind}" for kind in ("nll", "correct", "labels") for row in self.rows)
+        return (*by_row, "positions", "padding", "audio_seconds")
 
     def measure(self, losses: Losses, batch: Batch) -> Tensor:
         """Return the sums of a batch, float32 [n]; those of several batches or processes may be added up.
@@ -54,10 +53,6 @@ class Meter:
         rest = (mask.sum(), (mask == 0).sum(), heard + self.seconds_per_frame * frames)
         rows = (losses.nll, losses.correct, losses.counts)
         return torch.cat((*(part.float() for part in rows), torch.stack([part.float() for part in rest])))
-
-    def by_name(self, sums: Tensor) -> dict[str, float]:
-        """Return the sums [n] of ``measure`` by name; waits for the device."""
-        return dict(zip(self.names, sums.tolist(), strict=True))
 
 
 def describe(sums: Mapping[str, float], *, seconds: float, rows: Sequence[str]) -> dict[str, float]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from omni_adapter.training.loop import SKIPPED_FILE, read_log
+from omni_adapter.training.log import SKIPPED_FILE, read_log
 
 REPORT_FILE = "report.html"
 PICTURE_FILE = "curves.png"
@@ -94,7 +94,9 @@ def make_charts(entries: Sequence[Mapping[str, Any]]) -> list[Chart]:
         Chart("accuracy of each row", by_row("accuracy")),
         Chart("norm of the gradients (logarithmic)", {"norm": curve("grad_norm")}, is_log=True),
         Chart("learning rate", {"rate": curve("learning_rate")}),
-        Chart("steps of sequences a second", {"steps/s": curve("positions_per_s")}),
+        Chart("tokens a second, padding excluded", {"tokens/s": curve("positions_per_s")}),
+        Chart("hours of audio an hour", {"audio": curve("audio_hours_per_h")}),
+        Chart("share of padding", {"padding": curve("padding_share")}),
     ]
 
 

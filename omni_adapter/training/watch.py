@@ -5,7 +5,8 @@ Entries of the log in, text and tracker calls out. Knows nothing of models or da
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
+from datetime import timedelta
+from typing import Any, Protocol
 
 from accelerate import Accelerator
 from rich.progress import (
@@ -14,13 +15,44 @@ from rich.progress import (
     Progress,
     TextColumn,
     TimeElapsedColumn,
-    TimeRemainingColumn,
 )
 
 from omni_adapter.errors import MissingDependencyError
-from omni_adapter.training.loop import Silent, Watcher
+from omni_adapter.training.metrics import estimate_seconds_left
 
 logger = logging.getLogger(__name__)
+
+
+class Watcher(Protocol):
+    """Sees what happens; called on every rank."""
+
+    def on_start(self, step: int, total: int) -> None:
+        """The run starts after ``step`` of ``total`` steps."""
+
+    def on_record(self, record: Mapping[str, Any]) -> None:
+        """An entry of the log was made."""
+
+    def on_step(self, step: int) -> None:
+        """A step was taken."""
+
+    def on_end(self) -> None:
+        """The run is over, finished or not."""
+
+
+class Silent:
+    """A watcher that does nothing."""
+
+    def on_start(self, step: int, total: int) -> None:
+        """Do nothing."""
+
+    def on_record(self, record: Mapping[str, Any]) -> None:
+        """Do nothing."""
+
+    def on_step(self, step: int) -> None:
+        """Do nothing."""
+
+    def on_end(self) -> None:
+        """Do nothing."""
 
 
 class Screen(Silent):
@@ -38,24 +70,25 @@ class Screen(Silent):
             MofNCompleteColumn(),
             TextColumn("{task.fields[figures]}"),
             TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
             disable=not is_shown,
         )
         self._task = self._bar.add_task(stage, figures="")
         self._is_shown = is_shown
+        self._total = 0
 
     def on_start(self, step: int, total: int) -> None:
         """Draw the bar."""
+        self._total = total
         self._bar.start()
         self._bar.update(self._task, completed=step, total=total)
 
     def on_record(self, record: Mapping[str, Any]) -> None:
         """Show the newest figures; without a terminal, as a line of its own."""
-        figures = describe_record(record)
+        figures = describe_record(record, total=self._total)
         self._bar.update(self._task, completed=record["step"], figures=figures)
         if self._is_shown and not self._bar.console.is_terminal:
-            self._bar.console.print(f"step {record['step']}  {figures}", highlight=False, soft_wrap=True)
+            line = f"step {record['step']}/{self._total}  {figures}"
+            self._bar.console.print(line, highlight=False, soft_wrap=True)
 
     def on_step(self, step: int) -> None:
         """Move the bar."""
@@ -150,16 +183,20 @@ class Watchers(Silent):
             watcher.on_end()
 
 
-def describe_record(record: Mapping[str, Any]) -> str:
-    """Return the figures of an entry of the log in one line."""
+def describe_record(record: Mapping[str, Any], *, total: int) -> str:
+    """Return the figures of an entry of the log of a run of ``total`` steps in one line."""
     parts = [f"loss {record['loss']:.4f}"]
     for row in [name.removesuffix("/accuracy") for name in record if name.endswith("/accuracy")]:
         short = row.replace("row_", "r")
         parts.append(f"{short} {record[f'{row}/accuracy']:.0%}")
     parts.append(f"{record['positions_per_s']:,.0f} tokens/s")
     parts.append(f"{record['audio_hours_per_h']:.2f} audio h/h")
+    parts.append(f"padding {record['padding_share']:.0%}")
     if record["memory_skips"] or record["bad_steps"]:
         parts.append(f"skipped {record['memory_skips']}+{record['bad_steps']}")
+    left = estimate_seconds_left(done=record["step"], total=total, seconds=record["seconds"])
+    if left is not None:
+        parts.append(f"{timedelta(seconds=round(left))} left")
     return "  ".join(parts)
 
 

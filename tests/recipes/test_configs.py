@@ -11,7 +11,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 
 from omni_adapter.errors import ConfigError
 from omni_adapter.train import read_command
-from omni_adapter.training.loop import rate_share
+from omni_adapter.training.optimizer import rate_share
 from omni_adapter.training.settings import load_settings
 from omni_adapter.training.stages import STAGES
 

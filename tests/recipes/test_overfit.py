@@ -12,7 +12,8 @@ from omni_adapter import OmniAdapter, SamplingSettings
 from omni_adapter.data.rows import parse_row
 from omni_adapter.data.sources import JsonLines
 from omni_adapter.train import run
-from omni_adapter.training.loop import EXIT_FINISHED, read_log
+from omni_adapter.training.log import read_log
+from omni_adapter.training.loop import EXIT_FINISHED
 from tests.recipes.world import small_words, write_parts, write_rows
 
 ROOT = Path(__file__).resolve().parents[2]

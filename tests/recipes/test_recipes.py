@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 
 from omni_adapter import OmniAdapter
 from omni_adapter.train import prepare, read_command, run
-from omni_adapter.training.loop import EXIT_FINISHED, read_log
+from omni_adapter.training.log import read_log
+from omni_adapter.training.loop import EXIT_FINISHED
 from omni_adapter.training.stages import learning_groups
 from tests.recipes.world import small_words, write_parts, write_rows
 

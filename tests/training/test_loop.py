@@ -15,15 +15,13 @@ from omni_adapter.data.dataset import Batching
 from omni_adapter.errors import CheckpointError, TrainingError
 from omni_adapter.training.checkpoint import list_checkpoints, read_json
 from omni_adapter.training.engine import is_out_of_memory
+from omni_adapter.training.log import read_log
 from omni_adapter.training.loop import (
     CHECKPOINT_FOLDER,
     EXIT_FINISHED,
     EXIT_STOPPED,
-    make_optimizer,
-    rate_share,
-    read_log,
 )
-from omni_adapter.training.settings import OptimSettings
+from omni_adapter.training.optimizer import rate_share
 from tests.training.toy import ToyModel, curve, make_settings, make_trainer, run, stop_at, weights, write_rows
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -265,29 +263,6 @@ def test_other_data_or_processes_are_refused_and_other_threads_warned_of(rows, t
         run(make_trainer(rows, make_settings(out)))
     with pytest.raises(CheckpointError, match="holds no whole checkpoint"):
         run(make_trainer(rows, make_settings(tmp_path / "new", "checkpoint.resume=must")))
-
-
-def test_rate_rises_and_falls():
-    settings = OptimSettings(num_steps=100, warmup_steps=10, final_share=0.1)
-    shares = [rate_share(step, settings) for step in range(100)]
-    assert shares[:10] == pytest.approx([0.1 * (step + 1) for step in range(10)])
-    assert shares[10] == 1
-    assert shares[10:] == sorted(shares[10:], reverse=True)
-    assert shares[55] == pytest.approx(0.55)
-    assert rate_share(100, settings) == pytest.approx(0.1)
-
-
-def test_each_group_has_its_rate_and_only_matrices_decay():
-    model = ToyModel()
-    groups = {"head": dict(model.head.named_parameters()), "rest": dict(model.layers.named_parameters())}
-    settings = OptimSettings(learning_rate=1e-3, group_rates={"head": 2.0}, weight_decay=0.5)
-    optimizer = make_optimizer(groups, settings, rates={"head": 9.0, "rest": 3.0})
-    found = {
-        (group["peak_lr"], group["weight_decay"]): len(group["params"]) for group in optimizer.param_groups
-    }
-    assert found == {(2.0, 0.5): 1, (2.0, 0.0): 1, (3.0, 0.5): 2, (3.0, 0.0): 2}
-    with pytest.raises(TrainingError, match="nothing learns"):
-        make_optimizer({}, settings, rates={})
 
 
 def launch(scenario: str, folder: Path) -> dict:

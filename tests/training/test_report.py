@@ -14,6 +14,7 @@ def entry(step: int, *, speaks: bool) -> dict:
     values = {
         "step": step, "loss": 6 * math.exp(-step / 40) + 0.2, "learning_rate": 1e-3 * (1 - step / 200),
         "grad_norm": 3 / (1 + step), "positions_per_s": 4000.0 + step, "audio_hours_per_h": 12.5,
+        "padding_share": 0.25,
         "seconds": step * 0.5, "memory_skips": 0, "bad_steps": 1, "text/loss": 5 - step / 50,
         "text/accuracy": step / 200,
     }  # fmt: skip
@@ -58,7 +59,7 @@ def test_page_is_whole_and_needs_no_network(tmp_path):
     tags.feed(page)
     assert tags.open == []
     assert not re.search(r"https?://|<script|@import", page)
-    assert sum(tag == "svg" for tag, _ in tags.seen) == 6
+    assert sum(tag == "svg" for tag, _ in tags.seen) == 8
     players = [attributes for tag, attributes in tags.seen if tag == "audio"]
     assert [player["src"] for player in players] == ["answers/step-00000100/prompt-0.wav"]
     for text in (
@@ -76,7 +77,7 @@ def test_picture_shows_all_charts(tmp_path):
     write_run(tmp_path)
     write_report(tmp_path)
     with images.open(tmp_path / "curves.png") as picture:
-        assert picture.size == (2 * 520 * 2, 3 * 300 * 2)
+        assert picture.size == (2 * 520 * 2, 4 * 300 * 2)
         assert len(picture.getcolors(1 << 20)) > 20
 
 
@@ -88,7 +89,7 @@ def test_short_runs_have_a_page_too(tmp_path, entries):
 
 def test_curves_stay_inside_and_fall_where_values_fall():
     charts = make_charts([entry(step, speaks=True) for step in range(1, 2000)])
-    assert [len(chart.curves) for chart in charts] == [1, 8, 8, 1, 1, 1]
+    assert [len(chart.curves) for chart in charts] == [1, 8, 8, 1, 1, 1, 1, 1]
     for chart in charts:
         shapes = draw(chart)
         for shape in shapes:

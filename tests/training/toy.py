@@ -20,7 +20,9 @@ from omni_adapter.data.dataset import Batching, BatchLoader, Mixture, SourceSpec
 from omni_adapter.data.layout import Answer, GridRules, TextSegment, lay_out
 from omni_adapter.data.rows import Row
 from omni_adapter.training.engine import AllRanks, Copies, Shards, find_layers
-from omni_adapter.training.loop import Result, Trainer, make_optimizer, read_log
+from omni_adapter.training.log import read_log
+from omni_adapter.training.loop import Result, Trainer
+from omni_adapter.training.optimizer import make_optimizer
 from omni_adapter.training.settings import TrainSettings, load_settings
 from omni_adapter.vocab import IGNORE_INDEX, CodeVocabulary
 
