@@ -4,11 +4,12 @@ Entries of the log in, text and tracker calls out. Knows nothing of models or da
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, Protocol
 
 from accelerate import Accelerator
+from rich.console import Console, RenderableType
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -16,6 +17,7 @@ from rich.progress import (
     TextColumn,
     TimeElapsedColumn,
 )
+from rich.text import Text
 
 from omni_adapter.errors import MissingDependencyError
 from omni_adapter.training.metrics import estimate_seconds_left
@@ -56,38 +58,44 @@ class Silent:
 
 
 class Screen(Silent):
-    """A progress bar with loss, accuracies, speed and the time that is left.
+    """A progress bar and the newest figures below it; a line for each entry where there is no terminal.
 
     Args:
         stage: what to call the run.
-        is_shown: whether this process draws it; only one should.
+        is_shown: whether this process draws; only one should.
+        console: where to.
     """
 
-    def __init__(self, stage: str, *, is_shown: bool) -> None:
-        self._bar = Progress(
+    def __init__(self, stage: str, *, is_shown: bool, console: Console | None = None) -> None:
+        self._bar = _Bar(
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
             TimeElapsedColumn(),
-            disable=not is_shown,
+            TextColumn("{task.fields[left]}"),
+            console=console,
         )
-        self._task = self._bar.add_task(stage, figures="")
+        self._task = self._bar.add_task(stage, left="")
         self._is_shown = is_shown
         self._total = 0
+        # Elsewhere a bar would be one squeezed line at the end of a file.
+        self._bar.disable = not (is_shown and self._bar.console.is_terminal)
 
     def on_start(self, step: int, total: int) -> None:
         """Draw the bar."""
         self._total = total
         self._bar.start()
         self._bar.update(self._task, completed=step, total=total)
+        if step and self._is_shown:
+            self._bar.console.print(f"goes on after step {step}", highlight=False)
 
     def on_record(self, record: Mapping[str, Any]) -> None:
-        """Show the newest figures; without a terminal, as a line of its own."""
-        figures = describe_record(record, total=self._total)
-        self._bar.update(self._task, completed=record["step"], figures=figures)
-        if self._is_shown and not self._bar.console.is_terminal:
-            line = f"step {record['step']}/{self._total}  {figures}"
+        """Show the newest figures."""
+        figures, left = describe_record(record), describe_rest(record, total=self._total)
+        self._bar.figures = figures
+        self._bar.update(self._task, completed=record["step"], left=left)
+        if self._is_shown and self._bar.disable:
+            line = f"step {record['step']}/{self._total}  {figures}  {left}"
             self._bar.console.print(line, highlight=False, soft_wrap=True)
 
     def on_step(self, step: int) -> None:
@@ -97,6 +105,17 @@ class Screen(Silent):
     def on_end(self) -> None:
         """Leave the bar as it is."""
         self._bar.stop()
+
+
+class _Bar(Progress):
+    """A bar with a text below it, which wraps where the terminal is narrow."""
+
+    figures = ""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        """Yield the bar, then the text."""
+        yield self.make_tasks_table(self.tasks)
+        yield Text(self.figures)
 
 
 class Trackers(Silent):
@@ -183,21 +202,28 @@ class Watchers(Silent):
             watcher.on_end()
 
 
-def describe_record(record: Mapping[str, Any], *, total: int) -> str:
-    """Return the figures of an entry of the log of a run of ``total`` steps in one line."""
+def describe_record(record: Mapping[str, Any]) -> str:
+    """Return the figures of an entry of the log in one line."""
     parts = [f"loss {record['loss']:.4f}"]
-    for row in [name.removesuffix("/accuracy") for name in record if name.endswith("/accuracy")]:
-        short = row.replace("row_", "r")
-        parts.append(f"{short} {record[f'{row}/accuracy']:.0%}")
+    shares = {name: value for name, value in record.items() if name.endswith("/accuracy")}
+    text = shares.pop("text/accuracy", None)
+    codes = " ".join(f"{100 * share:.0f}" for share in shares.values())
+    right = [f"codes {codes}%"] * bool(codes) + ([] if text is None else [f"text {100 * text:.0f}%"])
+    if right:
+        parts.append(f"right: {', '.join(right)}")
     parts.append(f"{record['positions_per_s']:,.0f} tokens/s")
-    parts.append(f"{record['audio_hours_per_h']:.2f} audio h/h")
+    parts.append(f"{record['audio_hours_per_h']:.1f} h of audio/h")
     parts.append(f"padding {record['padding_share']:.0%}")
     if record["memory_skips"] or record["bad_steps"]:
-        parts.append(f"skipped {record['memory_skips']}+{record['bad_steps']}")
-    left = estimate_seconds_left(done=record["step"], total=total, seconds=record["seconds"])
-    if left is not None:
-        parts.append(f"{timedelta(seconds=round(left))} left")
+        skips = f"{record['memory_skips']} did not fit, {record['bad_steps']} not finite"
+        parts.append(f"steps skipped: {skips}")
     return "  ".join(parts)
+
+
+def describe_rest(record: Mapping[str, Any], *, total: int) -> str:
+    """Return how long the rest of ``total`` steps takes at the pace so far."""
+    left = estimate_seconds_left(done=record["step"], total=total, seconds=record["seconds"])
+    return "" if left is None else f"{timedelta(seconds=round(left))} left"
 
 
 def _scalars(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
