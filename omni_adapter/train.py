@@ -34,7 +34,6 @@ from torch import Tensor
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from omni_adapter import hub
-from omni_adapter.audio.waveform import write_wav
 from omni_adapter.config import dump, parse
 from omni_adapter.data.collator import Sample
 from omni_adapter.data.dataset import (
@@ -44,14 +43,13 @@ from omni_adapter.data.dataset import (
     Mixture,
     sample_lengths,
 )
-from omni_adapter.data.layout import TASKS
-from omni_adapter.data.rows import TAUGHT_TASKS, Rejects, Row, check_columns, to_sample
-from omni_adapter.data.sources import SourceSpec, open_source
-from omni_adapter.errors import ConfigError, DataError, MissingDependencyError, OmniError
-from omni_adapter.generation.streaming import Reply
+from omni_adapter.data.rows import Rejects, Row, to_sample
+from omni_adapter.errors import ConfigError, MissingDependencyError, OmniError
 from omni_adapter.model import OmniModel
 from omni_adapter.talker import OmniAdapter
-from omni_adapter.training.checkpoint import random_state, set_random_state, write_json
+from omni_adapter.train_answers import Answers
+from omni_adapter.training.checkpoint import write_json
+from omni_adapter.training.command import read_command
 from omni_adapter.training.engine import (
     AllRanks,
     Copies,
@@ -61,41 +59,27 @@ from omni_adapter.training.engine import (
     find_layers,
     take_shard_wish,
 )
+from omni_adapter.training.lessons import check_lessons, open_mixture
 from omni_adapter.training.loop import EXIT_FINISHED, Trainer
 from omni_adapter.training.loss import LossSettings, TrainingModel
 from omni_adapter.training.metrics import Meter
 from omni_adapter.training.objective import RowLosses
 from omni_adapter.training.optimizer import make_optimizer
-from omni_adapter.training.report import ANSWER_FOLDER, write_report
+from omni_adapter.training.report import write_report
 from omni_adapter.training.settings import (
     LoraSettings,
-    PromptSettings,
     TrainSettings,
     describe_run,
-    load_settings,
     to_yaml,
 )
 from omni_adapter.training.stages import TrainableTable, get_stage, prepare_stage
-from omni_adapter.training.watch import Screen, Silent, Trackers, Watchers
+from omni_adapter.training.watch import Screen, Trackers, Watchers
 
 logger = logging.getLogger(__name__)
 
 EXIT_FAILED = 1
 TALKER_FOLDER = "talker"
 AVERAGE_FOLDER = "talker-average"
-
-_USAGE = """usage: accelerate launch recipes/{recipe} [--config FILE] [--dry-run] [--base ID | --start TALKER]
-                        [--data PATH ...] [KEY=VALUE ...]
-
-Every key of the YAML can be given as KEY=VALUE, --KEY=VALUE or --KEY VALUE, for example optim.num_steps=100.
-"""
-
-
-class Command(NamedTuple):
-    """What a command line asks for."""
-
-    settings: TrainSettings
-    dry_run: bool
 
 
 class Run(NamedTuple):
@@ -135,39 +119,6 @@ def run(stage: str, argv: Sequence[str] | None = None, *, also: Sequence[str] = 
     except OmniError as error:
         sys.stderr.write(f"{type(error).__name__}: {error}\n")
         return EXIT_FAILED
-
-
-def read_command(stage: str, words: Sequence[str], *, also: Sequence[str] = ()) -> Command:
-    """Read the words of a command line.
-
-    Raises:
-        ConfigError: if a key or value is wrong, or the settings are for another recipe.
-    """
-    rest, path, is_dry = list(words), None, False
-    if "--help" in rest or "-h" in rest:
-        sys.stdout.write(_USAGE.format(recipe=Path(sys.argv[0]).name))
-        sys.exit(0)
-    if "--dry-run" in rest:
-        rest.remove("--dry-run")
-        is_dry = True
-    for word in [word for word in rest if word.partition("=")[0] == "--config"]:
-        place = rest.index(word)
-        if "=" not in word and place + 1 == len(rest):
-            raise ConfigError("--config needs the name of a YAML file")
-        path = Path(word.partition("=")[2] or rest.pop(place + 1))
-        rest.pop(place)
-    settings = load_settings(path, rest, stage=stage)
-    get_stage(settings.stage)
-    if settings.stage not in (stage, *also):
-        raise ConfigError(
-            f"these settings are for the stage {settings.stage!r}, this recipe trains "
-            f"{' or '.join((stage, *also))}; take the recipe that the first lines of the YAML name"
-        )
-    if settings.model.base is None and settings.model.start is None:
-        raise ConfigError("no model: give --base ID for a new talker, or --start FOLDER to go on with one")
-    if not settings.data.sources:
-        raise ConfigError("no data: give --data PATH, as often as there are sources")
-    return Command(settings, is_dry)
 
 
 def train(settings: TrainSettings, accelerator: Accelerator, *, shards: bool = False) -> int:
@@ -291,37 +242,6 @@ def apply_stage(talker: OmniAdapter, settings: TrainSettings) -> TrainableTable:
     return table
 
 
-def open_mixture(settings: TrainSettings) -> Mixture:
-    """Open all sources; those that name no task serve every task of the stage for which they have columns.
-
-    Raises:
-        DataError: if a source cannot be read, or serves no task.
-    """
-    stage = get_stage(settings.stage)
-    tasks = settings.data.tasks or dict.fromkeys(stage.tasks, 1.0)
-    specs: list[SourceSpec] = []
-    for number, source in enumerate(settings.data.sources):
-        values = {"path": source} if isinstance(source, str) else source
-        spec = parse(SourceSpec, values, source=f"data.sources[{number}]")
-        specs.extend([spec] if spec.task is not None else _specs_by_task(spec, tasks))
-    return Mixture(specs, seed=settings.seed)
-
-
-def check_lessons(loss: LossSettings, mixture: Mixture) -> None:
-    """Refuse a mixture with tasks that the base cannot teach, if it is to teach.
-
-    Raises:
-        ConfigError: naming them.
-    """
-    learned = {spec.task for spec in mixture.specs if spec.task and TASKS[spec.task].text_loss}
-    untaught = sorted(learned - TAUGHT_TASKS) if loss.distil else []
-    if untaught:
-        raise ConfigError(
-            f"loss.distil: the base can teach {', '.join(sorted(TAUGHT_TASKS))}, not {', '.join(untaught)}; "
-            "name the tasks in data.tasks, such as data.tasks='{speech_to_text: 1, tts: 1}'"
-        )
-
-
 def make_engine(
     model: TrainingModel, settings: TrainSettings, accelerator: Accelerator, *, ranks: AllRanks, shards: bool
 ) -> Engine:
@@ -379,66 +299,6 @@ def make_watcher(talker: OmniAdapter, trainer: Trainer, accelerator: Accelerator
     return Watchers(watchers)
 
 
-class Answers(Silent):
-    """Lets the talker answer fixed questions now and then, on the first process.
-
-    Args:
-        talker: shares its weights with the trainer's model.
-        trainer: the run.
-        trackers: told of each answer, if there are any.
-    """
-
-    def __init__(self, talker: OmniAdapter, trainer: Trainer, *, trackers: Trackers | None) -> None:
-        self._talker = talker
-        self._trainer = trainer
-        self._trackers = trackers
-        if trainer.engine.meets_in_layers:
-            logger.warning("no answers on the way: each process holds only a part of the weights")
-
-    def on_step(self, step: int) -> None:
-        """Answer if it is time; draws no number from the generators of the run."""
-        trainer, watch = self._trainer, self._trainer.settings.watch
-        if step % watch.answer_every or trainer.engine.meets_in_layers or trainer.ranks.rank:
-            return
-        device = trainer.accelerator.device
-        values, generators = random_state(device)
-        model = trainer.engine.model
-        model.eval()
-        self._talker.to(device)
-        try:
-            for number, prompt in enumerate(watch.prompts):
-                self._answer(prompt, f"prompt-{number}", step)
-        finally:
-            model.train()
-            set_random_state(values, generators, device)
-
-    def _answer(self, prompt: PromptSettings, name: str, step: int) -> None:
-        folder = Path(self._trainer.settings.out) / ANSWER_FOLDER / f"step-{step:08d}"
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            reply = ask(self._talker, prompt, max_new_tokens=self._trainer.settings.watch.max_new_tokens)
-        except OmniError as error:
-            logger.warning("no answer to %s: %s", prompt, error)
-            return
-        (folder / f"{name}.txt").write_text(reply.text, encoding="utf-8")
-        if len(reply.audio):
-            write_wav(folder / f"{name}.wav", reply.audio, sampling_rate=reply.sampling_rate)
-        if self._trackers is not None:
-            self._trackers.on_answer(name, reply.text, reply.audio, reply.sampling_rate, step)
-
-
-def ask(talker: OmniAdapter, prompt: PromptSettings, *, max_new_tokens: int) -> Reply:
-    """Return a talker's reply to a question of the settings."""
-    options: dict[str, Any] = {"max_new_tokens": max_new_tokens}
-    if prompt.task == "asr":
-        if prompt.audio is None:
-            raise ConfigError("a prompt with the task asr needs audio")
-        return talker.transcribe(prompt.audio, **options)
-    if prompt.task == "tts":
-        return talker.say(prompt.text or "", **options)
-    return talker.chat(prompt.audio, text=prompt.text, **options)
-
-
 def save_talker(this: Run, settings: TrainSettings) -> None:
     """Save the result, whole and loadable by itself; every process calls this."""
     engine, average = this.trainer.engine, this.trainer.average
@@ -488,27 +348,6 @@ def _processes(settings: TrainSettings) -> Iterator[tuple[Accelerator, bool]]:
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-
-
-def _specs_by_task(spec: SourceSpec, tasks: Mapping[str, float]) -> list[SourceSpec]:
-    """One source for each task that a source without a task can serve."""
-    found = open_source(spec).columns
-    columns = [spec.columns.get(column, column) for column in found]
-    if "task" in columns:
-        return [spec]
-    specs, reasons = [], []
-    for task, weight in tasks.items():
-        try:
-            check_columns(columns, task=task, source=spec.path)
-        except DataError as error:
-            reasons.append(str(error))
-            continue
-        specs.append(replace(spec, task=task, weight=spec.weight * weight))
-    if not specs:
-        raise DataError(f"{spec.path} serves no task of this stage: {'; '.join(reasons)}")
-    for reason in reasons:
-        logger.info("left out: %s", reason)
-    return specs
 
 
 def _four_bits(dtype: str) -> Any:

@@ -30,6 +30,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"model", "data"}),
     frozenset({"generation", "training", "hub", "importers"}),
     frozenset({"talker"}),
+    frozenset({"train_answers"}),
     frozenset({"doctor", "bench", "train"}),
     frozenset({"bench_train"}),
     frozenset({"cli"}),

@@ -10,7 +10,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 
 from omni_adapter.errors import ConfigError
-from omni_adapter.train import read_command
+from omni_adapter.training.command import read_command
 from omni_adapter.training.optimizer import rate_share
 from omni_adapter.training.settings import load_settings
 from omni_adapter.training.stages import STAGES

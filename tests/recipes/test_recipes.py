@@ -17,7 +17,8 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from omni_adapter import OmniAdapter
-from omni_adapter.train import prepare, read_command, run
+from omni_adapter.train import prepare, run
+from omni_adapter.training.command import read_command
 from omni_adapter.training.log import read_log
 from omni_adapter.training.loop import EXIT_FINISHED
 from omni_adapter.training.stages import learning_groups

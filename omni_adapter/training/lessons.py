@@ -1,0 +1,72 @@
+"""What a run learns from: sources of the settings in, one mixture of tasks that the stage can use out.
+
+Knows nothing of models or processors.
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+
+from omni_adapter.config import parse
+from omni_adapter.data.dataset import Mixture
+from omni_adapter.data.layout import TASKS
+from omni_adapter.data.rows import TAUGHT_TASKS, check_columns
+from omni_adapter.data.sources import SourceSpec, open_source
+from omni_adapter.errors import ConfigError, DataError
+from omni_adapter.training.loss import LossSettings
+from omni_adapter.training.settings import TrainSettings
+from omni_adapter.training.stages import get_stage
+
+logger = logging.getLogger(__name__)
+
+
+def open_mixture(settings: TrainSettings) -> Mixture:
+    """Open all sources; those that name no task serve every task of the stage for which they have columns.
+
+    Raises:
+        DataError: if a source cannot be read, or serves no task.
+    """
+    stage = get_stage(settings.stage)
+    tasks = settings.data.tasks or dict.fromkeys(stage.tasks, 1.0)
+    specs: list[SourceSpec] = []
+    for number, source in enumerate(settings.data.sources):
+        values = {"path": source} if isinstance(source, str) else source
+        spec = parse(SourceSpec, values, source=f"data.sources[{number}]")
+        specs.extend([spec] if spec.task is not None else _specs_by_task(spec, tasks))
+    return Mixture(specs, seed=settings.seed)
+
+
+def check_lessons(loss: LossSettings, mixture: Mixture) -> None:
+    """Refuse a mixture with tasks that the base cannot teach, if it is to teach.
+
+    Raises:
+        ConfigError: naming them.
+    """
+    learned = {spec.task for spec in mixture.specs if spec.task and TASKS[spec.task].text_loss}
+    untaught = sorted(learned - TAUGHT_TASKS) if loss.distil else []
+    if untaught:
+        raise ConfigError(
+            f"loss.distil: the base can teach {', '.join(sorted(TAUGHT_TASKS))}, not {', '.join(untaught)}; "
+            "name the tasks in data.tasks, such as data.tasks='{speech_to_text: 1, tts: 1}'"
+        )
+
+
+def _specs_by_task(spec: SourceSpec, tasks: Mapping[str, float]) -> list[SourceSpec]:
+    """One source for each task that a source without a task can serve."""
+    found = open_source(spec).columns
+    columns = [spec.columns.get(column, column) for column in found]
+    if "task" in columns:
+        return [spec]
+    specs, reasons = [], []
+    for task, weight in tasks.items():
+        try:
+            check_columns(columns, task=task, source=spec.path)
+        except DataError as error:
+            reasons.append(str(error))
+            continue
+        specs.append(replace(spec, task=task, weight=spec.weight * weight))
+    if not specs:
+        raise DataError(f"{spec.path} serves no task of this stage: {'; '.join(reasons)}")
+    for reason in reasons:
+        logger.info("left out: %s", reason)
+    return specs
