@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from omni_adapter.generation.generator import GenerationSettings
     from omni_adapter.generation.sampling import SamplingSettings
     from omni_adapter.generation.streaming import Chunk, Reply
-    from omni_adapter.hub import HubOptions
     from omni_adapter.model import OmniModel
     from omni_adapter.talker import OmniAdapter
 
@@ -39,7 +38,6 @@ __all__ = [
     "Codec",
     "ConfigError",
     "GenerationSettings",
-    "HubOptions",
     "OmniAdapter",
     "OmniConfig",
     "OmniError",
@@ -66,7 +64,6 @@ _HOMES = {
     "omni_adapter.generation.generator": ("GenerationSettings",),
     "omni_adapter.generation.sampling": ("SamplingSettings",),
     "omni_adapter.generation.streaming": ("Chunk", "Reply"),
-    "omni_adapter.hub": ("HubOptions",),
     "omni_adapter.model": ("OmniModel",),
     "omni_adapter.talker": ("OmniAdapter",),
 }

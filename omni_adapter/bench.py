@@ -307,11 +307,10 @@ def load_talker(name: str, *, dtype: str = "auto") -> OmniAdapter:
     Raises:
         OmniError: if it is neither.
     """
-    arguments = {"dtype": dtype}
     is_talker = (Path(name) / CONFIG_FILE).is_file() if Path(name).is_dir() else _has_config(name)
     if is_talker:
-        return OmniAdapter.from_pretrained(name, lm_arguments=arguments)
-    return OmniAdapter.wrap(name, lm_arguments=arguments)
+        return OmniAdapter.from_pretrained(name, dtype=dtype)
+    return OmniAdapter.wrap(name, dtype=dtype)
 
 
 def measure(load: Callable[[], OmniAdapter], *, name: str, settings: BenchSettings | None = None) -> Report:

@@ -384,7 +384,7 @@ def wrap(
 
     with _working(f"wrapping {base}"):
         _prepare_hub(base, grafts.encoder, grafts.codec)
-        talker = OmniAdapter.wrap(base, seed=seed, lm_arguments={"dtype": dtype.value}, **asdict(grafts))
+        talker = OmniAdapter.wrap(base, seed=seed, dtype=dtype.value, **asdict(grafts))
         talker.save_pretrained(out, include=_names(include))
     added = sum(parameter.numel() for _, parameter in talker.model.added_parameters())
     _note(
@@ -662,7 +662,7 @@ def _load_talker(where: Where) -> "OmniAdapter":
         )
     with _working(f"loading {where.model}"):
         _prepare_hub(where.model)
-        talker = OmniAdapter.from_pretrained(where.model, lm_arguments={"dtype": where.dtype.value})
+        talker = OmniAdapter.from_pretrained(where.model, dtype=where.dtype.value)
         return _to_device(talker, where.device)
 
 

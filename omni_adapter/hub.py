@@ -10,9 +10,9 @@ import os
 import shutil
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import transformers
 from huggingface_hub import (
@@ -79,6 +79,10 @@ _LORA_REFUSED = (
     "trainable_token_indices",
 )
 _PART_SUFFIXES = ("safetensors", "json", "jinja", "txt", "model")
+_LM_ARGUMENTS = (
+    "attn_implementation", "device_map", "dtype", "max_memory", "offload_folder", "quantization_config",
+    "torch_dtype",
+)  # fmt: skip
 _RESERVED_ARGUMENTS = ("config", "output_loading_info", "trust_remote_code", "use_safetensors")
 
 # The Hub's client raises the errors of its HTTP library when a connection breaks; this is their base.
@@ -146,6 +150,34 @@ class HubOptions:
         return replace(self, revision=commit.resolved)
 
 
+class Loading(NamedTuple):
+    """Keyword arguments of a call, sorted by what they are for."""
+
+    options: HubOptions
+    lm_arguments: dict[str, Any]
+    others: dict[str, Any]
+
+
+def sort_arguments(arguments: Mapping[str, Any]) -> Loading:
+    """Tell where to look (``HubOptions``) from how to load the base (``dtype``, …) and from the others.
+
+    Raises:
+        ConfigError: if an argument would change what may be read.
+    """
+    reserved = [key for key in _RESERVED_ARGUMENTS if key in arguments]
+    if reserved:
+        raise ConfigError(
+            f"{', '.join(reserved)} cannot be set: only safetensors are read, and code of others is never "
+            "run; load the model yourself and pass it as the base"
+        )
+    places = {field.name for field in fields(HubOptions)}
+    return Loading(
+        HubOptions(**{key: value for key, value in arguments.items() if key in places}),
+        {key: value for key, value in arguments.items() if key in _LM_ARGUMENTS},
+        {key: value for key, value in arguments.items() if key not in {*places, *_LM_ARGUMENTS}},
+    )
+
+
 # --- parts by name ---
 
 
@@ -166,7 +198,6 @@ def load_base(
 
     Raises:
         BackboneError: if there is no causal LM or no tokenizer.
-        ConfigError: if ``lm_arguments`` would change what may be read.
     """
     if isinstance(base, PreTrainedModel):
         name, lm = str(base.config._name_or_path or ""), base
@@ -544,12 +575,6 @@ def _check_shareable(folder: Path) -> None:
 
 def _load_lm(name: str, options: HubOptions, lm_arguments: Mapping[str, Any]) -> PreTrainedModel:
     """Load a causal LM from safetensors; code and pickles of others are never run."""
-    reserved = [key for key in _RESERVED_ARGUMENTS if key in lm_arguments]
-    if reserved:
-        raise ConfigError(
-            f"lm_arguments cannot hold {', '.join(reserved)}: only safetensors are read, and code of others "
-            "is never run; load the model yourself and pass it as the base"
-        )
     lm_class = _lm_class(name, read_lm_config(name, options=options))
     try:
         loaded: Any = lm_class.from_pretrained(

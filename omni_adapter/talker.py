@@ -59,7 +59,7 @@ class OmniAdapter:
         self.config = config
 
     @classmethod
-    def wrap(  # noqa: PLR0913 - the front door takes every part by name
+    def wrap(
         cls,
         base: str | Path | PreTrainedModel,
         *,
@@ -70,8 +70,6 @@ class OmniAdapter:
         tokenizer: Any = None,
         text_end_ids: Sequence[int] | None = None,
         seed: int = 0,
-        hub_options: hub.HubOptions | None = None,
-        lm_arguments: Mapping[str, Any] | None = None,
         **settings: Any,
     ) -> Self:
         """Graft hearing and speech onto a causal LM. Its weights, embeddings and vocabulary stay as they are.
@@ -87,18 +85,19 @@ class OmniAdapter:
             text_end_ids: ids that end a text; None takes those of the chat template, tokenizer and generation
                 config.
             seed: of the new weights.
-            hub_options: revision, token and cache of the base.
-            lm_arguments: more arguments for loading the base, such as ``{"dtype": "bfloat16"}``.
-            **settings: any other key of :class:`OmniConfig`: ``audio_adapter``, ``tts``, ``delay``,
-                ``encoder_padding``, ``prompt_format``, ``text_marks``.
+            **settings: where to look, as in transformers: ``revision`` (of the base), ``token``,
+                ``cache_dir``, ``local_files_only``; how to load the base: ``dtype``, ``device_map``,
+                ``attn_implementation``, ``quantization_config``, …; and any other key of
+                :class:`OmniConfig`: ``audio_adapter``, ``tts``, ``delay``, ``encoder_padding``,
+                ``prompt_format``, ``text_marks``.
 
         Raises:
             BackboneError: if the base lacks something that hearing or speaking needs; the message names it.
             ConfigError: if a setting is unknown or has a wrong value.
         """
-        options = hub_options or hub.HubOptions()
+        options, lm_arguments, settings = hub.sort_arguments(settings)
         lm, tokenizer, base_ref = hub.load_base(
-            base, tokenizer=tokenizer, options=options, lm_arguments=lm_arguments or {}
+            base, tokenizer=tokenizer, options=options, lm_arguments=lm_arguments
         )
         part_options = replace(options, revision=None)
         audio_encoder, encoder_ref = hub.load_encoder(encoder, options=part_options)
@@ -139,8 +138,7 @@ class OmniAdapter:
         codec: Any = None,
         tokenizer: Any = None,
         subfolder: str = "",
-        hub_options: hub.HubOptions | None = None,
-        lm_arguments: Mapping[str, Any] | None = None,
+        **loading: Any,
     ) -> Self:
         """Load a saved talker: its base by reference, then what was added.
 
@@ -152,14 +150,20 @@ class OmniAdapter:
             codec: likewise for the codec.
             tokenizer: the base's tokenizer; None loads it.
             subfolder: folder of the talker inside ``name``.
-            hub_options: revision, token and cache of the talker.
-            lm_arguments: more arguments for loading the base.
+            **loading: where to look: ``revision`` (of the talker), ``token``, ``cache_dir``,
+                ``local_files_only``; and how to load the base, as for :meth:`wrap`.
 
         Raises:
+            ConfigError: if an argument is unknown.
             CheckpointError: if files are missing or broken, tensors do not fit, or a part is not the one the
                 talker was made with; the message names both values.
         """
-        options = hub_options or hub.HubOptions()
+        options, lm_arguments, unknown = hub.sort_arguments(loading)
+        if unknown:
+            raise ConfigError(
+                f"from_pretrained does not know {', '.join(unknown)}; settings of a talker are fixed when it "
+                "is wrapped"
+            )
         given = {"base": base, "encoder": encoder, "codec": codec}
         folder = hub.fetch_folder(
             name,
@@ -173,7 +177,7 @@ class OmniAdapter:
             base if base is not None else hub.part_location(config.base, folder, trusted=trusted),
             tokenizer=tokenizer,
             options=replace(options, revision=config.base.revision if base is None else None),
-            lm_arguments=lm_arguments or {},
+            lm_arguments=lm_arguments,
         )
         backbone = Backbone(lm)
         hub.check_fingerprint("base", config.base, _base_fingerprint(backbone, tokenizer))

@@ -60,12 +60,12 @@ from omni_adapter.training.engine import (
     take_shard_wish,
 )
 from omni_adapter.training.lessons import check_lessons, open_mixture
-from omni_adapter.training.loop import EXIT_FINISHED, Trainer
+from omni_adapter.training.loop import EXIT_FINISHED, Result, Trainer
 from omni_adapter.training.loss import LossSettings, TrainingModel
 from omni_adapter.training.metrics import Meter
 from omni_adapter.training.objective import RowLosses
 from omni_adapter.training.optimizer import make_optimizer
-from omni_adapter.training.report import write_report
+from omni_adapter.training.report import REPORT_FILE, write_report
 from omni_adapter.training.settings import (
     LoraSettings,
     TrainSettings,
@@ -125,7 +125,8 @@ def train(settings: TrainSettings, accelerator: Accelerator, *, shards: bool = F
     """Train, and leave a run folder behind; return the exit code."""
     this = prepare(settings, accelerator, shards=shards)
     if accelerator.is_main_process:
-        sys.stdout.write(f"{this.table}\n")
+        sys.stdout.write(f"stage {settings.stage}, run folder {settings.out}\n\n")
+        sys.stdout.write(f"{this.table}\n\n{_list_tasks(this.mixture)}\n\n")
         _write_run_folder(this, settings)
     try:
         result = this.trainer.run()
@@ -135,8 +136,8 @@ def train(settings: TrainSettings, accelerator: Accelerator, *, shards: bool = F
     if result.exit_code == EXIT_FINISHED:
         save_talker(this, settings)
         this.rejects.check()  # a short run may end before its share of rejects stops it
-        if accelerator.is_main_process:
-            sys.stdout.write(f"{Path(settings.out) / TALKER_FOLDER} is ready: omni-adapter talk\n")
+    if accelerator.is_main_process:
+        sys.stdout.write(_last_words(result, Path(settings.out)))
     return result.exit_code
 
 
@@ -148,15 +149,17 @@ def dry_run(settings: TrainSettings, accelerator: Accelerator, *, shards: bool =
         this = prepare(tried, accelerator, shards=shards)
         say = sys.stdout.write if accelerator.is_main_process else lambda text: len(text)
         lengths, rejects = sample_lengths(this.mixture, this.to_sample)
-        say(f"{to_yaml(settings)}\n{this.table}\n\n{_memory_estimate(this.table, this.talker.model)}\n\n")
-        say(f"steps of the first {len(lengths)} samples\n{LengthHistogram.of(lengths)}\n")
+        say(f"{to_yaml(settings)}\n{this.table}\n\n{_memory_estimate(this.talker.model)}\n\n")
+        say(f"{_list_tasks(this.mixture)}\n\n")
         say(f"{rejects.report()}\n" if rejects.total else "no row was rejected\n")
-        say(f"\n{_length_of_run(settings, this.mixture, this.trainer.ranks.world_size)}\n")
+        say(f"lengths of the first {len(lengths)} samples, in tokens, and how many have them\n")
+        say(f"{LengthHistogram.of(lengths)}\n\n")
+        say(f"{_length_of_run(settings, this.mixture, this.trainer.ranks.world_size)}\n")
         this.trainer.engine.model.train()
         window = this.trainer.take_step()
         loss = window.sums[this.trainer.objective.sum_names[0]]
-        say(f"one step: loss {loss:.4f}, {window.seconds:.2f} s, ")
-        say(f"{_peak_bytes(accelerator.device) / 2**30:.2f} GiB at most\n")
+        say(f"tried one step: loss {loss:.4f}, {window.seconds:.2f} s, ")
+        say(f"{_peak_bytes(accelerator.device) / 2**30:.2f} GiB of memory at most; nothing was kept\n")
     return EXIT_FINISHED
 
 
@@ -220,13 +223,11 @@ def build_talker(settings: TrainSettings) -> OmniAdapter:
     if model.quantize:
         arguments["quantization_config"] = _four_bits(model.dtype)
     if model.start is not None:
-        return OmniAdapter.from_pretrained(
-            model.start, encoder=model.encoder, codec=model.codec, lm_arguments=arguments
-        )
+        return OmniAdapter.from_pretrained(model.start, encoder=model.encoder, codec=model.codec, **arguments)
     assert model.base is not None  # read_command refuses settings with neither
     parts: dict[str, Any] = {"encoder": model.encoder, "codec": model.codec}
     named = {name: part for name, part in parts.items() if part is not None}
-    return OmniAdapter.wrap(model.base, seed=settings.seed, lm_arguments=arguments, **named, **model.wrap)
+    return OmniAdapter.wrap(model.base, seed=settings.seed, **arguments, **named, **model.wrap)
 
 
 def apply_stage(talker: OmniAdapter, settings: TrainSettings) -> TrainableTable:
@@ -390,7 +391,7 @@ def _write_run_folder(this: Run, settings: TrainSettings) -> None:
     write_json(folder / "run.json", {**about, "data": this.mixture.fingerprint(), "groups": learned})
 
 
-def _memory_estimate(table: TrainableTable, model: OmniModel) -> str:
+def _memory_estimate(model: OmniModel) -> str:
     """What weights, gradients and averages take in one process that holds them whole."""
     held = sum(value.numel() * value.element_size() for value in model.parameters())
     learning = sum(
@@ -398,17 +399,38 @@ def _memory_estimate(table: TrainableTable, model: OmniModel) -> str:
     )
     parts = {"weights": held, "gradients": learning, "averages of AdamW": 2 * learning}
     lines = [f"{name:20}{size / 2**30:>10.3f} GiB" for name, size in parts.items()]
-    return "\n".join(("memory of a process, without what passes keep", *lines))
+    return "\n".join(("memory of one process, activations not counted", *lines))
 
 
 def _length_of_run(settings: TrainSettings, mixture: Mixture, world_size: int) -> str:
     """Steps, samples and passes over the data."""
     optim = settings.optim
     samples = optim.num_steps * optim.accumulate * world_size * settings.data.batch_size
-    text = f"{optim.num_steps:,} steps of {samples // optim.num_steps:,} rows: {samples:,} rows of batches"
-    if mixture.epoch_length:
+    unit = "packed rows" if settings.data.mode == "pack" else "samples"
+    text = f"{optim.num_steps:,} steps of {samples // optim.num_steps:,} {unit}: {samples:,} {unit}"
+    if mixture.epoch_length and settings.data.mode != "pack":
         text += f", {samples / mixture.epoch_length:.2f} passes over the data"
     return text
+
+
+def _list_tasks(mixture: Mixture) -> str:
+    """What is learned from which source, and how often."""
+    total = sum(spec.weight for spec in mixture.specs)
+    lines = [
+        f"{spec.task or '(by row)':18}{spec.weight / total:>6.0%}  {spec.path}" for spec in mixture.specs
+    ]
+    return "\n".join(("tasks, share of the samples, source", *lines))
+
+
+def _last_words(result: Result, folder: Path) -> str:
+    """How a run ended, and what to do next."""
+    curves = f"curves: {folder / REPORT_FILE}\n"
+    if result.exit_code != EXIT_FINISHED:
+        stopped = f"stopped after step {result.step} (exit code {result.exit_code})"
+        return f"{stopped}; the same command goes on from there\n{curves}"
+    talker = folder / TALKER_FOLDER
+    talk = f'omni-adapter talk --model {talker} --text "Hello" --out reply.wav'
+    return f"{talker} is ready; talk to it:\n    {talk}\n{curves}"
 
 
 def _peak_bytes(device: torch.device) -> int:

@@ -112,7 +112,7 @@ def test_a_saved_talker_and_a_plain_model_can_be_measured(talker_folder, monkeyp
     asked = []
     monkeypatch.setattr("omni_adapter.bench.OmniAdapter.wrap", lambda *a, **k: asked.append((a, k)))
     load_talker(str(talker_folder / "base"), dtype="bfloat16")
-    assert asked == [((str(talker_folder / "base"),), {"lm_arguments": {"dtype": "bfloat16"}})]
+    assert asked == [((str(talker_folder / "base"),), {"dtype": "bfloat16"})]
 
 
 def test_replies_that_end_early_are_begun_again(monkeypatch):

@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 from examples.untrained_talker import make_parts
-from omni_adapter import BackboneError, CheckpointError, ConfigError, HubOptions, OmniAdapter, SnacCodec, hub
+from omni_adapter import BackboneError, CheckpointError, ConfigError, OmniAdapter, SnacCodec, hub
 from omni_adapter.model_card import read_license
 from tests.fake_hub import TOKEN, FakeHub
 
@@ -116,9 +115,7 @@ def test_loading_pins_the_commits_that_were_wrapped(server, wrapped, part_folder
     server.commit(BASE, changed_config(part_folders[BASE], rms_norm_eps=0.5))
     server.commit(CODEC, {"config.json": b"{}"})
     server.commit(ENCODER, {})
-    loaded = OmniAdapter.from_pretrained(
-        tmp_path / "talker", hub_options=HubOptions(cache_dir=tmp_path / "fresh")
-    )
+    loaded = OmniAdapter.from_pretrained(tmp_path / "talker", cache_dir=tmp_path / "fresh")
     assert loaded.config == wrapped.config
     with pytest.raises(CheckpointError, match=r"rms_norm_eps was 1e-06, is 0\.5"):
         OmniAdapter.from_pretrained(tmp_path / "talker", base=BASE)
@@ -165,7 +162,7 @@ def test_a_missing_repository(server):
     with pytest.raises(CheckpointError, match=f"(?s){message}"):
         OmniAdapter.from_pretrained("org/nothing")
     with pytest.raises(BackboneError, match=r"(?s)Revision Not Found.*Invalid rev id: v9"):
-        wrap(hub_options=HubOptions(revision="v9"))
+        wrap(revision="v9")
 
 
 def test_a_gated_base_gives_the_message_of_the_hub(server, part_folders):
@@ -174,14 +171,14 @@ def test_a_gated_base_gives_the_message_of_the_hub(server, part_folders):
         BackboneError, match=r"(?s)org/base cannot be loaded.*is restricted.*Visit .*to ask for access"
     ):
         wrap()
-    assert wrap(hub_options=HubOptions(token=TOKEN)).config.base.id == BASE
+    assert wrap(token=TOKEN).config.base.id == BASE
 
 
 def test_a_private_talker_needs_a_token(server, wrapped):
     wrapped.push_to_hub("me/talker", private=True, token=TOKEN)
     with pytest.raises(CheckpointError, match=r"(?s)me/talker is neither.*make sure you are authenticated"):
         OmniAdapter.from_pretrained("me/talker")
-    assert OmniAdapter.from_pretrained("me/talker", hub_options=HubOptions(token=TOKEN))
+    assert OmniAdapter.from_pretrained("me/talker", token=TOKEN)
 
 
 @pytest.mark.parametrize(("repo", "error"), [(BASE, BackboneError), (ENCODER, CheckpointError)])
@@ -223,8 +220,8 @@ def test_code_of_others_is_never_run(server, part_folders, tmp_path):
     server.commit("org/evil", {**known, "evil.py": code})
     assert wrap("org/evil").config.base.id == "org/evil"  # transformers has the class, and takes its own
     for key in ("trust_remote_code", "use_safetensors"):
-        with pytest.raises(ConfigError, match=f"lm_arguments cannot hold {key}"):
-            wrap(lm_arguments={key: True})
+        with pytest.raises(ConfigError, match=f"{key} cannot be set: only safetensors"):
+            wrap(**{key: True})
     assert not (tmp_path / "made").exists()
     assert not any(path.endswith(".py") for path in server.downloads())
 
@@ -395,7 +392,7 @@ def test_a_push_to_a_branch(server, wrapped):
     assert repo.files.keys() == {".gitattributes"}
     with pytest.raises(CheckpointError, match=r"holds no omni_config\.json"):
         OmniAdapter.from_pretrained("me/talker")
-    loaded = OmniAdapter.from_pretrained("me/talker", hub_options=HubOptions(revision="trial"))
+    loaded = OmniAdapter.from_pretrained("me/talker", revision="trial")
     assert loaded.config == wrapped.config
 
 
@@ -411,19 +408,19 @@ def test_a_talker_is_fetched_once_and_only_its_own_files(server, wrapped, tmp_pa
         "setup.py": b"x",
     }
     server.commit("me/talker", {**server.repos["me/talker"].files, **extra})
-    options = HubOptions(cache_dir=str(tmp_path / "elsewhere"))
+    options = {"cache_dir": str(tmp_path / "elsewhere")}
     base = wrapped.model.backbone.lm
     parts = {"encoder": make_parts().whisper, "codec": wrapped.codec, "tokenizer": wrapped.tokenizer}
     server.requests.clear()
-    first = OmniAdapter.from_pretrained("me/talker", base=base, hub_options=options, **parts)
+    first = OmniAdapter.from_pretrained("me/talker", base=base, **options, **parts)
     assert sorted(server.downloads()) == [
         "omni_config.json",
         "omni_model.safetensors",
         "preprocessor_config.json",
     ]
     server.requests.clear()
-    options = replace(options, local_files_only=True)
-    again = OmniAdapter.from_pretrained("me/talker", base=base, hub_options=options, **parts)
+    options |= {"local_files_only": True}
+    again = OmniAdapter.from_pretrained("me/talker", base=base, **options, **parts)
     assert server.requests == []
     np.testing.assert_array_equal(first.chat(question, **SHORT).audio, again.chat(question, **SHORT).audio)
 
@@ -431,10 +428,10 @@ def test_a_talker_is_fetched_once_and_only_its_own_files(server, wrapped, tmp_pa
 def test_what_was_never_fetched_is_not_there_offline(server, wrapped, monkeypatch, tmp_path):
     wrapped.push_to_hub("me/talker", token=TOKEN)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    for options in (HubOptions(), HubOptions(local_files_only=True)):
+    for options in ({}, {"local_files_only": True}):
         with pytest.raises(CheckpointError, match=r"me/talker is neither a folder nor"):
-            OmniAdapter.from_pretrained("me/talker", hub_options=options)
-    assert wrap(hub_options=HubOptions()).config == wrapped.config  # these parts were
+            OmniAdapter.from_pretrained("me/talker", **options)
+    assert wrap().config == wrapped.config  # these parts were
 
 
 @pytest.mark.parametrize("how", ["cut", "busy"])
@@ -593,7 +590,7 @@ def test_a_save_that_is_killed_at_any_call_leaves_one_whole_talker(tmp_path):
         folder = tmp_path / str(step)
         write(folder, {**OLD, **OTHERS})
         died = save_and_die(folder, step)
-        hub.fetch_folder(folder, options=HubOptions())  # what from_pretrained does first
+        hub.fetch_folder(folder, options=hub.HubOptions())  # what from_pretrained does first
         left = {
             name: content.decode()
             for name, content in bytes_of(folder).items()

@@ -323,6 +323,16 @@ def test_missing_folders_are_refused(tmp_path):
         OmniAdapter.from_pretrained(tmp_path / "nowhere")
 
 
+def test_bases_load_in_other_types(talker_folder, question):
+    half = OmniAdapter.from_pretrained(talker_folder, dtype="bfloat16", local_files_only=True)
+    assert half.model.backbone.dtype == half.model.code_heads.proj.weight.dtype == torch.bfloat16
+    assert len(half.chat(question, **SHORT).audio)
+    with pytest.raises(
+        ConfigError, match="from_pretrained does not know tts_layers; settings of a talker are"
+    ):
+        OmniAdapter.from_pretrained(talker_folder, tts_layers=3)
+
+
 def test_unknown_settings_are_refused():
     with pytest.raises(ConfigError, match=r"unknown key 'tts\.layer'; did you mean 'layers'"):
         fresh(tts={"layer": 3})
