@@ -16,6 +16,8 @@ _USAGE = """usage: accelerate launch recipes/{recipe} [--config FILE] [--dry-run
                         [--data PATH ...] [KEY=VALUE ...]
 
 Every key of the YAML can be given as KEY=VALUE, --KEY=VALUE or --KEY VALUE, for example optim.num_steps=100.
+--dry-run shows all settings, what learns, memory and lengths, tries one step, and keeps nothing.
+The same command goes on after a stop. Keys and what they mean: omni_adapter/training/settings.py
 """
 
 

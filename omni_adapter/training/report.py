@@ -142,6 +142,9 @@ class _Scale(NamedTuple):
                 low * (0.9 if is_log else 1) - (0 if is_log else 0.5),
                 high * 1.1 + (0 if is_log else 0.5),
             )
+        if not is_log:
+            unit = _round_unit((high - low) / _TICKS)
+            low, high = math.floor(low / unit) * unit, math.ceil(high / unit) * unit
         return cls(min(steps), max(max(steps), min(steps) + 1), low, high, is_log)
 
     def x(self, step: float) -> float:
@@ -155,17 +158,28 @@ class _Scale(NamedTuple):
 
     def values(self) -> Iterator[float]:
         """Heights that are written beside the field."""
-        for tick in range(_TICKS + 1):
-            share = tick / _TICKS
-            if self.is_log:
-                yield self.low * (self.high / self.low) ** share
-            else:
-                yield self.low + (self.high - self.low) * share
+        if self.is_log:
+            yield from (self.low * (self.high / self.low) ** (tick / _TICKS) for tick in range(_TICKS + 1))
+        else:
+            yield from _multiples(self.low, self.high, _round_unit((self.high - self.low) / (_TICKS + 1)))
 
     def steps(self) -> Iterator[float]:
         """Steps that are written below the field."""
-        for tick in range(_TICKS + 1):
-            yield self.first + (self.last - self.first) * tick / _TICKS
+        unit = max(1.0, _round_unit((self.last - self.first) / (_TICKS + 1)))
+        yield from _multiples(self.first, self.last, unit)
+
+
+def _round_unit(size: float) -> float:
+    """The smallest of 1, 2, 5, 10, ... (or 0.5, 0.2, ...) that is at least ``size``."""
+    power: float = 10.0 ** math.floor(math.log10(size))
+    return next(unit for unit in (power, 2 * power, 5 * power, 10 * power) if unit >= size * (1 - 1e-9))
+
+
+def _multiples(low: float, high: float, unit: float) -> Iterator[float]:
+    """Multiples of ``unit`` from ``low`` to ``high``."""
+    slack = 1e-6
+    for number in range(math.ceil(low / unit - slack), math.floor(high / unit + slack) + 1):
+        yield number * unit
 
 
 def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -84,8 +84,8 @@ class Screen(Silent):
     def on_start(self, step: int, total: int) -> None:
         """Draw the bar."""
         self._total = total
-        self._bar.start()
         self._bar.update(self._task, completed=step, total=total)
+        self._bar.start()
         if step and self._is_shown:
             self._bar.console.print(f"goes on after step {step}", highlight=False)
 

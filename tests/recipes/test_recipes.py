@@ -208,8 +208,9 @@ def test_dry_run_shows_everything_and_keeps_nothing(world, tmp_path, capsys):
     out = tmp_path / "align"
     assert run("align", [*align_words(world, out), "--dry-run"]) == EXIT_FINISHED
     shown = capsys.readouterr().out
-    for text in ("learning_rate: 0.003", "code_heads", "averages of AdamW", "steps of the first 200 samples",
-                 "no row was rejected", "4 steps of 2 rows", "one step: loss"):  # fmt: skip
+    for text in ("learning_rate: 0.003", "code_heads", "averages of AdamW",
+                 "lengths of the first 200 samples", "no row was rejected",
+                 "4 steps of 2 samples", "one step: loss"):  # fmt: skip
         assert text in shown
     assert not out.exists()
 

@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from omni_adapter.training.report import Line, Words, draw, make_charts, write_report
+from omni_adapter.training.report import Chart, Line, Words, draw, make_charts, write_report
 
 
 def entry(step: int, *, speaks: bool) -> dict:
@@ -79,6 +79,23 @@ def test_picture_shows_all_charts(tmp_path):
     with images.open(tmp_path / "curves.png") as picture:
         assert picture.size == (2 * 520 * 2, 4 * 300 * 2)
         assert len(picture.getcolors(1 << 20)) > 20
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (0.0147, 5.86, ["0", "2", "4", "6"]),
+        (1.2e-05, 0.003, ["0", "0.001", "0.002", "0.003"]),
+        (0, 1, ["0", "0.2", "0.4", "0.6", "0.8", "1"]),
+        (156, 3991, ["0", "1,000", "2,000", "3,000", "4,000"]),
+        (-3, -1, ["-3", "-2.5", "-2", "-1.5", "-1"]),
+    ],
+)
+def test_round_numbers_stand_beside_the_field(low, high, expected):
+    chart = Chart("figures", {"figure": [(1, low), (200, high)]})
+    words = [shape for shape in draw(chart) if isinstance(shape, Words)]
+    assert [word.text for word in words if word.anchor == "end"] == expected
+    assert [word.text for word in words if word.anchor == "middle"] == ["50", "100", "150", "200", "step"]
 
 
 @pytest.mark.parametrize("entries", [[], [{"step": 1, "loss": float("nan")}], [{"step": 1, "loss": 2.0}]])
