@@ -3,24 +3,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from examples.untrained_talker import make_parts
-from omni_adapter import ConfigError, OmniAdapter, PromptError, SnacCodec
+from omni_adapter import ConfigError, OmniAdapter, PromptError
 from omni_adapter.data.collator import collate
 from omni_adapter.data.layout import Answer
 from omni_adapter.model import ADDED_GROUPS, OmniCache, OmniModel
+from tests.talkers import fresh_talker
 
 MARKS = {"end": 300, "pad": 301, "input": 302, "answer": 303, "asr": 304}
-
-
-def wrapped(**settings) -> OmniAdapter:
-    parts = make_parts()
-    return OmniAdapter.wrap(
-        parts.lm,
-        tokenizer=parts.tokenizer,
-        encoder=parts.whisper,
-        codec=SnacCodec.from_model(parts.snac),
-        **{"tts_layers": 1, "tts": {"init": "scaled"}, **settings},
-    )
 
 
 def batch_of(talker, question, task="speech_to_speech", answer=None):
@@ -50,7 +39,7 @@ def test_embeddings_of_a_prompt_written_out_by_hand(talker, question):
 @torch.no_grad()
 def test_embeddings_of_the_original_written_out_by_hand(question):
     """Fusion mean: the mean of all streams, with recordings in each of the code rows."""
-    talker = wrapped(fusion="mean", prompt_format="mini_omni", text_marks=MARKS)
+    talker = fresh_talker(fusion="mean", prompt_format="mini_omni", text_marks=MARKS)
     model, batch = talker.model, batch_of(talker, question)
     heard = model.hear(batch.clips)
     embeddings = model.embed(batch.grid, places=batch.places, heard=heard)
@@ -68,7 +57,7 @@ def test_embeddings_of_the_original_written_out_by_hand(question):
 
 
 def test_the_original_format_speaks_too(question):
-    talker = wrapped(fusion="mean", prompt_format="mini_omni", text_marks=MARKS)
+    talker = fresh_talker(fusion="mean", prompt_format="mini_omni", text_marks=MARKS)
     reply = talker.chat(question, max_new_tokens=20)
     assert reply.steps
     assert talker.transcribe(question, max_new_tokens=10).steps
@@ -76,7 +65,7 @@ def test_the_original_format_speaks_too(question):
 
 @pytest.mark.parametrize("delay", [{"text_lead": 3}, {"text_lead": 0, "row_delays": [0] * 7}])
 def test_other_delays_speak_and_are_saved(delay, question, tmp_path):
-    talker = wrapped(delay=delay)
+    talker = fresh_talker(delay=delay)
     talker.save_pretrained(tmp_path, include=("base", "encoder", "codec"))
     again = OmniAdapter.from_pretrained(tmp_path)
     assert again.config.delays == talker.config.delays
@@ -107,7 +96,7 @@ def test_only_the_last_logits_are_made_if_only_they_are_asked_for(talker, questi
 
 
 def test_every_parameter_is_in_one_group():
-    talker = wrapped()
+    talker = fresh_talker()
     talker.model.backbone.add_lora(2)
     groups = talker.model.groups()
     assert set(groups) == {*ADDED_GROUPS, "lora", "language_model", "audio_encoder"}
@@ -133,7 +122,7 @@ def test_parts_of_another_width_are_refused(talker, name):
 @torch.no_grad()
 def test_long_recordings_are_heard_to_the_end(question):
     """Ten minutes take twenty windows of the encoder; the last second still changes what is heard."""
-    talker = wrapped(audio_adapter={"stack": 16})
+    talker = fresh_talker(audio_adapter={"stack": 16})
     rate = talker.processor.log_mel.sampling_rate
     sound = torch.randn(600 * rate, generator=torch.Generator().manual_seed(0)) * 0.1
     changed = sound.clone()

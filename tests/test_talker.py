@@ -19,6 +19,7 @@ from omni_adapter import (
 from omni_adapter.audio.delay import UndelayState, undelay_chunk
 from omni_adapter.data.layout import get_task
 from omni_adapter.generation.generator import Decoder
+from tests.talkers import fresh_talker
 
 SHORT = {"max_new_tokens": 30}
 
@@ -192,17 +193,6 @@ def test_tasks_are_not_mixed_in_one_call(talker, question):
 # saving and loading
 
 
-def fresh(**settings) -> OmniAdapter:
-    parts = make_parts()
-    return OmniAdapter.wrap(
-        parts.lm,
-        tokenizer=parts.tokenizer,
-        encoder=parts.whisper,
-        codec=SnacCodec.from_model(parts.snac),
-        **{"tts_layers": 1, **settings},
-    )
-
-
 def test_wrapping_is_seeded_and_leaves_the_base_alone():
     parts = make_parts()
     before = {name: tensor.clone() for name, tensor in parts.lm.state_dict().items()}
@@ -213,14 +203,14 @@ def test_wrapping_is_seeded_and_leaves_the_base_alone():
     after = talker.model.backbone.lm.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    first, second, other = fresh(), fresh(), fresh(seed=1)
+    first, second, other = fresh_talker(), fresh_talker(), fresh_talker(seed=1)
     for name, tensor in first.model.added_parameters():
         assert torch.equal(tensor, dict(second.model.added_parameters())[name])
     assert not torch.equal(first.model.code_heads.proj.weight, other.model.code_heads.proj.weight)
 
 
 def test_only_what_was_added_is_saved(tmp_path):
-    talker = fresh()
+    talker = fresh_talker()
     talker.save_pretrained(tmp_path, include=("base", "encoder", "codec"))
     assert {path.name for path in tmp_path.iterdir()} == {
         "README.md", "base", "codec", "encoder", "omni_config.json", "omni_model.safetensors",
@@ -241,11 +231,11 @@ def test_a_loaded_talker_says_the_same(talker, talker_folder, question):
 
 
 def test_lora_is_saved_loaded_and_merged(tmp_path, question):
-    talker = fresh()
+    talker = fresh_talker()
     talker.model.backbone.add_lora(4)
     for parameter in talker.model.groups()["lora"].values():
         parameter.data.normal_(std=0.3)
-    plain = fresh().chat(question, **SHORT)
+    plain = fresh_talker().chat(question, **SHORT)
     reply = talker.chat(question, **SHORT)
     assert reply.text != plain.text
     talker.save_pretrained(tmp_path / "lora", include=("base", "encoder", "codec"))
@@ -263,9 +253,9 @@ def test_lora_is_saved_loaded_and_merged(tmp_path, question):
 
 def test_parts_without_a_name_are_not_silently_lost(tmp_path):
     with pytest.raises(CheckpointError, match=r"loaded model without a name.*include=\('base',\)"):
-        fresh().save_pretrained(tmp_path)
+        fresh_talker().save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="can be saved are base, encoder, codec, got decoder"):
-        fresh().save_pretrained(tmp_path, include=("decoder",))
+        fresh_talker().save_pretrained(tmp_path, include=("decoder",))
 
 
 @pytest.mark.parametrize(
@@ -335,9 +325,9 @@ def test_bases_load_in_other_types(talker_folder, question):
 
 def test_unknown_settings_are_refused():
     with pytest.raises(ConfigError, match=r"unknown key 'tts\.layer'; did you mean 'layers'"):
-        fresh(tts={"layer": 3})
+        fresh_talker(tts={"layer": 3})
     with pytest.raises(ConfigError, match="unknown key 'fusio'; did you mean 'fusion'"):
-        fresh(fusio="add")
+        fresh_talker(fusio="add")
 
 
 def copy_of(folder, tmp_path):
