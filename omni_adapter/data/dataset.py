@@ -241,13 +241,7 @@ class BatchLoader:
         self.rank, self.world, self.workers = rank, world, workers
         self.rejects = Rejects() if rejects is None else rejects
         self.state = LoaderState()
-        self.steps = self.padding = 0
         self._samples = _Samples(mixture, to_sample)
-
-    @property
-    def padding_share(self) -> float:
-        """Share of all steps given out so far that held no sample."""
-        return self.padding / max(1, self.steps)
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield batches from where ``state`` stands; a batch counts as consumed once it is given out."""
@@ -273,8 +267,6 @@ class BatchLoader:
                 self.state = LoaderState(
                     self.state.window + last, 0 if last else number + 1, self.state.samples + count
                 )
-                self.steps += batch.attention_mask.numel()
-                self.padding += batch.attention_mask.numel() - int(batch.attention_mask.sum())
                 yield batch
 
     def state_dict(self) -> dict[str, Any]:

@@ -98,8 +98,3 @@ def collate_packed(rows: Sequence[Sequence[Sample]], *, rules: GridRules) -> Bat
         ids=tuple(sample.id for sample in samples),
         teacher=teacher_of(samples, rules=rules),
     )
-
-
-def padding_share(batch: Batch) -> float:
-    """Return the share of a batch's steps that hold no sample, 0..1."""
-    return 1.0 - float(batch.attention_mask.float().mean())
