@@ -50,7 +50,7 @@ class TrainBenchSettings:
         preset: key of ``bench.PRESETS``.
         batch_size: samples.
         length: steps of each sample.
-        steps: optimizer steps that are timed, after one that warms up.
+        steps: passes and updates that are timed, after one that warms up.
         dtype: type of the computation; bfloat16 through autocast, weights stay float32.
         lm_mode: what of the LM learns, as in ``prepare_stage``.
     """
@@ -76,18 +76,22 @@ class TrainTiming:
 
     Attributes:
         way: key of ``WAYS``.
-        step_s: seconds of each timed step.
-        positions_per_s: steps of samples a second, of the median step.
-        weights_bytes: resident memory once the model is built, before the first step.
-        peak_bytes: largest resident memory.
-        loss: of the first step; the same for both ways.
+        pass_s: seconds of each timed pass forward and backward.
+        update_s: seconds of each update of the weights.
+        positions_per_s: steps of samples a second, of the median pass and update together.
+        weights_bytes: resident memory once the model is built, before the first pass.
+        peak_bytes: largest resident memory of the passes: weights, gradients and states.
+        optimizer_bytes: what the optimizer keeps from then on, the same for both ways.
+        loss: of the first pass; the same for both ways.
     """
 
     way: str
-    step_s: list[float]
+    pass_s: list[float]
+    update_s: list[float]
     positions_per_s: float
     weights_bytes: int
     peak_bytes: int
+    optimizer_bytes: int
     loss: float
 
 
@@ -112,17 +116,20 @@ def measure_training(settings: TrainBenchSettings) -> list[TrainTiming]:
 def show(timings: list[TrainTiming], console: Console) -> None:
     """Print a table, the plain way first, and what the ways are."""
     table = Table(
-        "way", "what", "step", "positions/s", "model", "peak", "peak of plain", title="Stage-3 step"
+        "way", "passes", "update", "positions/s", "peak", "of plain's", "with optimizer", "of plain's"
     )
     plain = timings[0]
     for timing in timings:
+        total = timing.peak_bytes + timing.optimizer_bytes
         table.add_row(
             timing.way,
-            f"{_median(timing.step_s):.2f} s",
+            f"{_median(timing.pass_s):.2f} s",
+            f"{_median(timing.update_s):.2f} s",
             f"{timing.positions_per_s:.1f}",
-            f"{timing.weights_bytes / 2**30:.2f} GiB",
             f"{timing.peak_bytes / 2**30:.2f} GiB",
             f"{timing.peak_bytes / plain.peak_bytes:.2f}",
+            f"{total / 2**30:.2f} GiB",
+            f"{total / (plain.peak_bytes + plain.optimizer_bytes):.2f}",
         )
     console.print(table)
     for way, what in WAYS.items():
@@ -130,12 +137,14 @@ def show(timings: list[TrainTiming], console: Console) -> None:
 
 
 def run_way(way: str, settings: TrainBenchSettings) -> TrainTiming:
-    """Time one way in this process."""
+    """Time one way in this process: first all passes, so that their peak is theirs, then the updates."""
     talker = random_talker(settings.preset)
     talker.model.train()
     prepare_stage(talker.model, "finetune", lm_mode=settings.lm_mode, lora=None)
     batch = _batch(talker, settings)
     learning = [parameter for parameter in talker.model.parameters() if parameter.requires_grad]
+    for parameter in learning:
+        parameter.grad = torch.zeros_like(parameter)
     loss: Callable[[], Tensor]
     if way == "ours":
         talker.model.checkpoint_gradients()
@@ -143,22 +152,35 @@ def run_way(way: str, settings: TrainBenchSettings) -> TrainTiming:
         loss = lambda: training(batch).total()  # noqa: E731 - the two ways differ in this line
     else:
         loss = lambda: _plain_loss(talker.model, batch)  # noqa: E731
-    optimizer = torch.optim.AdamW(learning, lr=1e-5, fused=True if way == "ours" else None)
     weights_bytes = _peak_bytes()
-    seconds, first = [], 0.0
-    for number in range(settings.steps + 1):
-        started_s = time.perf_counter()
+    losses: list[float] = []
+
+    def run_pass() -> None:
         with torch.autocast(batch.grid.device.type, torch.bfloat16, enabled=settings.dtype == "bfloat16"):
             total = loss()
         total.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=False)
-        if number == 0:
-            first = float(total)
-        else:
-            seconds.append(time.perf_counter() - started_s)
+        losses.append(float(total))
+
+    pass_s = _times(run_pass, settings.steps)
+    peak_bytes = _peak_bytes()
+    optimizer = torch.optim.AdamW(learning, lr=1e-5, fused=True if way == "ours" else None)
+    update_s = _times(optimizer.step, settings.steps)
+    kept = (value for state in optimizer.state.values() for value in state.values())
+    optimizer_bytes = sum(value.numel() * value.element_size() for value in kept)
     positions = int(batch.attention_mask.sum())
-    return TrainTiming(way, seconds, positions / _median(seconds), weights_bytes, _peak_bytes(), first)
+    rate = positions / (_median(pass_s) + _median(update_s))
+    return TrainTiming(way, pass_s, update_s, rate, weights_bytes, peak_bytes, optimizer_bytes, losses[0])
+
+
+def _times(work: Callable[[], Any], count: int) -> list[float]:
+    """Seconds of ``count`` calls, after one that warms up."""
+    work()
+    seconds = []
+    for _ in range(count):
+        started_s = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - started_s)
+    return seconds
 
 
 def _plain_loss(model: OmniModel, batch: Batch) -> Tensor:

@@ -20,7 +20,8 @@ def test_both_ways_learn_the_same_and_are_timed():
     assert [plain["way"], ours["way"]] == list(WAYS)
     assert ours["loss"] == pytest.approx(plain["loss"], rel=1e-5)
     for timing in (plain, ours):
-        assert len(timing["step_s"]) == report["settings"]["steps"]
+        assert len(timing["pass_s"]) == len(timing["update_s"]) == report["settings"]["steps"]
+        assert timing["optimizer_bytes"] > 2 * 4 * 300_000
         assert timing["positions_per_s"] > 0
         assert 1e8 < timing["weights_bytes"] <= timing["peak_bytes"]
 
