@@ -122,14 +122,14 @@ def test_loading_pins_the_commits_that_were_wrapped(server, wrapped, part_folder
 
 
 def test_all_files_of_a_part_come_from_one_commit(server, part_folders, monkeypatch):
-    load = hub._load_lm
+    load = hub.parts._load_lm
 
     def load_while_it_changes(*args):
         lm = load(*args)
         server.commit(BASE, {"config.json": b"{}"})  # the tokenizer is gone from the main branch
         return lm
 
-    monkeypatch.setattr(hub, "_load_lm", load_while_it_changes)
+    monkeypatch.setattr(hub.parts, "_load_lm", load_while_it_changes)
     assert wrap().tokenizer.chat_template
 
 

@@ -1,0 +1,91 @@
+"""Write a talker into an empty folder: config, added weights, LoRA, and parts that have no other home.
+
+A model and its config in, files out, safetensors and JSON only. Knows nothing of what was in the folder
+before, nor of how it is shared.
+"""
+
+import copy
+import json
+from collections.abc import Collection
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
+
+from omni_adapter.audio.codec import Codec
+from omni_adapter.config import OmniConfig, PartRef, dump
+from omni_adapter.errors import CheckpointError
+from omni_adapter.hub.files import CONFIG_FILE, LORA_FOLDER, PARTS, WEIGHTS_FILE
+from omni_adapter.hub.options import is_hub_id
+from omni_adapter.model import OmniModel
+from omni_adapter.modules.audio_encoder import AudioEncoder
+
+
+def parts_inside(config: OmniConfig, include: Collection[str]) -> tuple[str, ...]:
+    """Return the parts to write beside the added weights.
+
+    Those are the ones asked for, and those that came inside the talker's folder: they have no other home.
+
+    Raises:
+        CheckpointError: if a part is unknown, or one that is not written has no name to refer to.
+    """
+    unknown = set(include) - set(PARTS)
+    if isinstance(include, str) or unknown:
+        raise CheckpointError(
+            f"parts that can be saved are {', '.join(PARTS)}, got "
+            f"{include if isinstance(include, str) else ', '.join(sorted(unknown))}"
+        )
+    inside = [part for part in PARTS if part in include or getattr(config, part).id.startswith("./")]
+    for part in PARTS:
+        if part not in inside and not getattr(config, part).id:
+            raise CheckpointError(
+                f"the {part} came as a loaded model without a name, so it cannot be referred to; "
+                f"pass include=({part!r},) to save it beside, or wrap it by its Hub id"
+            )
+    return tuple(inside)
+
+
+def save_parts(
+    folder: Path, names: Collection[str], *, config: OmniConfig, lm: PreTrainedModel, tokenizer: Any,
+    encoder: AudioEncoder, codec: Codec,
+) -> OmniConfig:  # fmt: skip
+    """Write whole parts beside the added weights and return a config that refers to them."""
+    if "base" in names:
+        lm.save_pretrained(folder / "base")
+        tokenizer.save_pretrained(folder / "base")
+    if "encoder" in names:
+        encoder.save_pretrained(folder / "encoder")
+    if "codec" in names:
+        codec.save_pretrained(folder / "codec")
+    moved: dict[str, Any] = {part: _moved(getattr(config, part), f"./{part}") for part in names}
+    return replace(config, **moved)
+
+
+def save_added(folder: Path, model: OmniModel, *, config: OmniConfig, with_lora: bool = True) -> None:
+    """Write config, added weights and LoRA."""
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.added_parameters()}
+    save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    if with_lora and model.backbone.has_lora:
+        model.backbone.save_lora(folder / LORA_FOLDER)
+    text = json.dumps(dump(config), indent=2, ensure_ascii=False)
+    (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def plain_lm(model: OmniModel, *, merged: bool) -> PreTrainedModel:
+    """Return the LM as transformers made it, LoRA merged or left out; a copy if there is LoRA."""
+    if not model.backbone.has_lora:
+        return model.backbone.lm
+    backbone = copy.deepcopy(model.backbone)
+    if merged:
+        backbone.merge_lora()
+    else:
+        backbone.drop_lora()
+    return backbone.lm
+
+
+def _moved(ref: PartRef, place: str) -> PartRef:
+    """The reference to a part that is saved inside the talker's folder; it remembers where it came from."""
+    is_inside = ref.id.startswith("./")
+    return replace(ref, id=place, origin=ref.origin if is_inside else (ref.id if is_hub_id(ref.id) else None))
