@@ -298,7 +298,7 @@ class Preparation:
         row = self._read(index)
         texts = {
             "audio_in": row.text_in,
-            "audio_out": row.text_out or (row.text_in if row.task == "tts" else None),
+            "audio_out": row.text_out,
         }
         waveforms: dict[str, Tensor | None] = {}
         rates = {"audio_in": self.settings.hearing_rate, "audio_out": self._codec.spec.sampling_rate}

@@ -31,8 +31,7 @@ gives them, or a pair of samples and rate. ``content`` is a string, or a list of
 last user turn of ``turns`` as its question; one without an answer the assistant turn that ends ``turns``.
 
 One row of question and answer, spoken and written, serves every task: ``asr`` learns what ``audio_in`` says,
-that is ``text_in`` (``text_out`` where that is all there is); ``tts`` learns to read ``text_out`` aloud (or
-``text_in``).
+that is ``text_in``; ``tts`` learns to read ``text_out`` aloud.
 """
 
 import json
@@ -106,10 +105,10 @@ def needed_columns(task: str) -> tuple[tuple[str, ...], ...]:
 
 
 def _text_columns(spec: Task) -> tuple[str, ...]:
-    """Where the text that is learned or read aloud stands, best first."""
+    """Where the text that is learned or read aloud stands."""
     if spec.mark == "asr":
-        return ("text_in", "text_out")
-    return ("text_out", "text_in") if spec.text_given else ("text_out", "turns")
+        return ("text_in",)
+    return ("text_out",) if spec.text_given else ("text_out", "turns")
 
 
 NEEDS: Mapping[str, tuple[tuple[str, ...], ...]] = {task: needed_columns(task) for task in TASKS}
@@ -205,8 +204,7 @@ def check_needs(row: Row) -> None:
     """
     for names in NEEDS[row.task]:
         if all(getattr(row, column) is None for column in names if column != "turns"):
-            lacks = "text_out" if names == _text_columns(TASKS[row.task]) else names[0]
-            reason = f"no_{lacks.replace('codes_out', 'audio_out')}"
+            reason = f"no_{names[0].replace('codes_out', 'audio_out')}"
             raise RowError(f"{row.id}: {row.task} needs {' or '.join(names)}", reason=reason)
 
 

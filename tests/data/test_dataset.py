@@ -196,7 +196,7 @@ def test_an_audio_folder_is_read_undecoded(tmp_path, speak):
     with pytest.raises(DataError, match="found the columns audio, id, text"):
         open_source(SourceSpec(str(folder), task="asr"))
     spec = SourceSpec(
-        str(folder), task="asr", columns={"audio": "audio_in", "text": "text_out"}, shuffle=False
+        str(folder), task="asr", columns={"audio": "audio_in", "text": "text_in"}, shuffle=False
     )
     row = Mixture([spec]).read(0)
     assert (row.id, row.audio_in, row.answer_text) == ("a.wav", folder / "a.wav", "Yes.")
@@ -211,7 +211,7 @@ def test_an_audio_folder_is_read_undecoded(tmp_path, speak):
 
 def test_recordings_inside_parquet_are_read(tmp_path, speak, talker):
     wav = speak("I am fine.").read_bytes()
-    table = datasets.Dataset.from_list([{"audio": {"bytes": wav, "path": "a.wav"}, "text_out": "I am fine."}])
+    table = datasets.Dataset.from_list([{"audio": {"bytes": wav, "path": "a.wav"}, "text_in": "I am fine."}])
     table = table.cast_column("audio", datasets.Audio(decode=False))
     table.to_parquet(tmp_path / "a.parquet")
     spec = SourceSpec(str(tmp_path / "a.parquet"), task="asr", columns={"audio": "audio_in"})

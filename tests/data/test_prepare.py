@@ -556,7 +556,7 @@ def test_questions_can_be_encoded_once(codec, speak, talker, tmp_path):
     rows = []
     for word in ("one", "two"):
         shutil.copy(speak(word), tmp_path / f"{word}.wav")
-        rows.append({"id": word, "audio_in": f"{word}.wav", "text_out": word})
+        rows.append({"id": word, "audio_in": f"{word}.wav", "text_in": word})
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     device = torch.device("cpu")
 

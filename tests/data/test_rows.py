@@ -31,8 +31,8 @@ WHOLE = {
 def test_what_each_task_needs():
     """The table of the documentation, in full."""
     assert NEEDS == {
-        "asr": (("audio_in", "frames_in", "turns"), ("text_in", "text_out")),
-        "tts": (("text_out", "text_in"), ("codes_out", "audio_out")),
+        "asr": (("audio_in", "frames_in", "turns"), ("text_in",)),
+        "tts": (("text_out",), ("codes_out", "audio_out")),
         "speech_to_text": (("audio_in", "frames_in", "turns"), ("text_out", "turns")),
         "speech_to_speech": (
             ("audio_in", "frames_in", "turns"),
@@ -56,9 +56,9 @@ def test_one_row_serves_every_task(task):
     ("task", "missing", "reason"),
     [
         ("asr", ("audio_in",), "no_audio_in"),
-        ("asr", ("text_in", "text_out"), "no_text_out"),
+        ("asr", ("text_in",), "no_text_in"),
         ("tts", ("codes_out",), "no_audio_out"),
-        ("tts", ("text_in", "text_out"), "no_text_out"),
+        ("tts", ("text_out",), "no_text_out"),
         ("speech_to_text", ("text_out",), "no_text_out"),
         ("speech_to_speech", ("audio_in",), "no_audio_in"),
         ("speech_to_speech", ("codes_out",), "no_audio_out"),
