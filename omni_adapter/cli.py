@@ -468,6 +468,7 @@ def bench(  # noqa: PLR0913 - an option is a parameter
     ] = False,
     batch_size: Annotated[int, typer.Option(help="Samples of a training step.")] = 4,
     length: Annotated[int, typer.Option(help="Steps of each of them.")] = 512,
+    lm: Annotated[str, typer.Option(help="How the language model learns there: lora or full.")] = "lora",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Time a talker on this machine: encoder, prefill, steps, codec, first sound, memory.
@@ -476,7 +477,7 @@ def bench(  # noqa: PLR0913 - an option is a parameter
     With --train: seconds and peak memory of a training step, each way in a process of its own.
     """
     if train:
-        return _bench_training(random, dtype, batch_size=batch_size, length=length, as_json=as_json)
+        return _bench_training(random, dtype, lm, batch_size=batch_size, length=length, as_json=as_json)
     import torch
 
     from omni_adapter import bench as benchmark
@@ -506,18 +507,25 @@ def bench(  # noqa: PLR0913 - an option is a parameter
         benchmark.show(report, Console(highlight=False))
 
 
-def _bench_training(preset: str | None, dtype: Dtype, *, batch_size: int, length: int, as_json: bool) -> None:
+def _bench_training(
+    preset: str | None, dtype: Dtype, lm: str, *, batch_size: int, length: int, as_json: bool
+) -> None:
     """Time a training step of a preset."""
     from omni_adapter import bench_train
+    from omni_adapter.bench import PRESETS
+    from omni_adapter.config import parse
 
     if preset is None:
-        from omni_adapter.bench import PRESETS
-
-        raise ConfigError(
-            f"bench --train times random weights; pass --random with one of {', '.join(PRESETS)}"
-        )
-    size = "float32" if dtype is Dtype.AUTO else dtype.value
-    settings = bench_train.TrainBenchSettings(preset, batch_size=batch_size, length=length, dtype=size)
+        names = ", ".join(PRESETS)
+        raise ConfigError(f"bench --train times random weights; pass --random with one of {names}")
+    values = {
+        "preset": preset,
+        "batch_size": batch_size,
+        "length": length,
+        "dtype": "float32" if dtype is Dtype.AUTO else dtype.value,
+        "lm_mode": lm,
+    }
+    settings = parse(bench_train.TrainBenchSettings, values, source="bench --train")
     with _working(f"timing training steps of {preset}"):
         timings = bench_train.measure_training(settings)
     if as_json:
