@@ -130,7 +130,7 @@ class Backbone(Runner):
             BackboneError: if transformers cannot do so for this LM.
         """
         try:
-            self.lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[no-untyped-call]
+            self.lm.activation_checkpointing_enable({"use_reentrant": False})
         except ValueError as error:
             raise BackboneError(
                 f"{class_name(self.lm)} cannot checkpoint gradients: {probes.first_line(error)}; "
