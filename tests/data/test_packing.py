@@ -85,7 +85,7 @@ def rows(speak) -> list:
             task="speech_to_speech",
         ),
         parse_row({"id": "b", "text_in": "How are you today?", "text_out": "Fine."}, task="text_to_text"),
-        parse_row({"id": "c", "audio_in": question, "text_out": "What is the capital?"}, task="asr"),
+        parse_row({"id": "c", "audio_in": question, "text_in": "What is the capital?"}, task="asr"),
         parse_row({"id": "d", "text_out": "Yes, of course.", "codes_out": codes}, task="tts"),
         parse_row(
             {"id": "e", "text_in": "Tell me", "text_out": "Once", "codes_out": codes}, task="text_to_speech"
