@@ -21,16 +21,6 @@ GREEDY = SamplingSettings(temperature=0)
 FAMILIES = {"llama": LlamaConfig, "qwen2": Qwen2Config, "mistral": MistralConfig}
 
 
-@pytest.fixture(autouse=True)
-def _fresh_process(monkeypatch):
-    monkeypatch.chdir(ROOT)
-    before = torch.get_num_threads()
-    AcceleratorState._reset_state(True)
-    yield
-    AcceleratorState._reset_state(True)
-    torch.set_num_threads(before)
-
-
 def make_family(name: str, *, vocabulary: int, end: int) -> torch.nn.Module:
     config = FAMILIES[name](
         vocab_size=vocabulary, hidden_size=64, intermediate_size=128, num_hidden_layers=2,

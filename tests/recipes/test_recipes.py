@@ -28,16 +28,6 @@ ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = "recipes/configs"
 
 
-@pytest.fixture(autouse=True)
-def _fresh_process(monkeypatch):
-    monkeypatch.chdir(ROOT)
-    before = torch.get_num_threads()
-    AcceleratorState._reset_state(True)
-    yield
-    AcceleratorState._reset_state(True)
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("world")
