@@ -1,7 +1,5 @@
 """A tiny talker learns eight spoken answers by heart in three stages, and says them code for code."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -16,7 +14,6 @@ from omni_adapter.training.log import read_log
 from omni_adapter.training.loop import EXIT_FINISHED
 from tests.recipes.world import small_words, write_parts, write_rows
 
-ROOT = Path(__file__).resolve().parents[2]
 GREEDY = SamplingSettings(temperature=0)
 FAMILIES = {"llama": LlamaConfig, "qwen2": Qwen2Config, "mistral": MistralConfig}
 
