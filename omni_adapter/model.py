@@ -119,8 +119,9 @@ class OmniModel(nn.Module):
 
     def added_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield names and parameters of everything that wrapping added, without LoRA."""
+        groups = self.groups()
         for group in ADDED_GROUPS:
-            yield from self.groups()[group].items()
+            yield from groups[group].items()
 
     def checkpoint_gradients(self) -> None:
         """Compute the states of LM and TTS blocks again in backward passes instead of keeping them."""

@@ -149,8 +149,3 @@ class CodeAutomaton:
         ids = torch.where((step < self.delays) | (known & (step > end_step)), vocabulary.pad, ids)
         self.step = self.step + 1
         return ids
-
-    def select(self, indices: Tensor) -> None:
-        """Keep the conversations ``indices`` [n], in that order."""
-        self.step, self.frames = self.step[indices], self.frames[indices]
-        self.max_frames = self.max_frames[indices]
