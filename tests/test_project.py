@@ -28,8 +28,9 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"audio"}),
     frozenset({"modules", "backbone"}),
     frozenset({"model", "data"}),
-    frozenset({"generation", "training", "hub", "importers"}),
+    frozenset({"generation", "training", "hub"}),
     frozenset({"talker"}),
+    frozenset({"importers"}),
     frozenset({"train_answers"}),
     frozenset({"doctor", "bench", "train"}),
     frozenset({"bench_train"}),
@@ -121,7 +122,11 @@ def test_device_comes_from_what_is_at_hand(path):
     assert lines == []
 
 
-@pytest.mark.parametrize("path", [path for path in SOURCES if path.name != "bench.py"], ids=name_of)
+# An importer reads the checkpoint of one project, which has a base of one family.
+MAY_NAME_FAMILIES = (PACKAGE / "bench.py", *(PACKAGE / "importers").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", [path for path in SOURCES if path not in MAY_NAME_FAMILIES], ids=name_of)
 def test_no_model_family_is_named(path):
     text = path.read_text(encoding="utf-8")
     assert [match.group() for match in FAMILY_NAME.finditer(text)] == []
