@@ -20,7 +20,7 @@ import torch
 from omni_adapter import SnacCodec
 from omni_adapter.audio.waveform import read_waveform
 from omni_adapter.config import parse
-from omni_adapter.data import prepare as module
+from omni_adapter.data import encode
 from omni_adapter.data.dataset import Mixture
 from omni_adapter.data.prepare import Preparation, PrepareSettings
 from omni_adapter.data.reader import Reader
@@ -355,13 +355,13 @@ def test_what_a_network_loses_is_read_again(monkeypatch):
             raise failure
         return "row"
 
-    assert module._retried(read) == "row"
+    assert encode._retried(read) == "row"
 
     def never() -> str:
         raise ConnectionResetError("reset")
 
     with pytest.raises(ConnectionResetError):
-        module._retried(never)
+        encode._retried(never)
 
 
 def test_a_decoder_that_dies_costs_one_file(speak, monkeypatch):
