@@ -21,8 +21,10 @@ Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
 Fusion = Literal["add", "mean"]
 PromptFormat = Literal["chat", "mini_omni"]
-EncoderPadding = Literal["true_length", "window"]
+EncoderPadding = Literal["true_length", "window", "mini_omni"]
 TtsInit = Literal["identity", "scaled"]
+TtsInput = Literal["after_norm", "before_norm"]
+CodeRule = Literal["delayed", "free"]
 
 _STRICT = ConfigDict(extra="forbid", strict=False)
 T = TypeVar("T")
@@ -115,6 +117,9 @@ class TtsConfig:
         norm_eps: epsilon of the RMS norms.
         init: ``identity`` zeroes what each block adds, so that the heads first see the LM's own state;
             ``scaled`` draws it with the depth-scaled normal of GPT-2.
+        input: the LM's state that the first block reads: ``after_norm``, what enters the LM's head; or
+            ``before_norm``, what enters its final norm, as in the original.
+        qkv_bias: biases on query, key and value.
     """
 
     layers: NotNegative = 6
@@ -124,6 +129,12 @@ class TtsConfig:
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-6
     init: TtsInit = "identity"
+    input: TtsInput = "after_norm"
+    qkv_bias: bool = False
+
+    def __post_init__(self) -> None:
+        if self.input == "before_norm" and not self.layers:
+            raise ValueError('input="before_norm" needs layers, whose own norm the code heads read')
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -172,10 +183,13 @@ class OmniConfig:
             marks.
         text_marks: ids of the text marks, with ``prompt_format="mini_omni"`` only.
         encoder_padding: ``true_length`` encodes only what was said; ``window`` pads to the encoder's full
-            window.
+            window; ``mini_omni`` does so too and counts frames as the original does, one more where a
+            recording ends with a frame.
         audio_adapter: settings of the audio adapter.
         tts: settings of the TTS blocks.
         delay: the delay pattern.
+        code_rule: ``delayed`` draws only ids that the delay pattern allows; ``free`` lets every code row
+            write what it will until the last one writes its end, which ends the reply, as in the original.
         format_version: version of this file format.
     """
 
@@ -195,6 +209,7 @@ class OmniConfig:
     audio_adapter: AudioAdapterConfig = AudioAdapterConfig()
     tts: TtsConfig = TtsConfig()
     delay: DelayConfig = DelayConfig()
+    code_rule: CodeRule = "delayed"
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self) -> None:

@@ -45,7 +45,7 @@ class OmniOutput(NamedTuple):
     Attributes:
         text_logits: the LM's own, [B, S, V].
         code_logits: one set per code row, [B, K, S, V].
-        hidden: states that enter the LM's head and the TTS blocks, [B, S, D].
+        hidden: states that enter the LM's head, [B, S, D].
         cache: state for the next step, None unless one was passed in.
     """
 
@@ -65,6 +65,7 @@ class OmniModel(nn.Module):
 
     Raises:
         ConfigError: if a width in ``config`` is not that of the part.
+        BackboneError: if the TTS blocks are to read what enters the LM's final norm, and it has none.
     """
 
     def __init__(self, backbone: Backbone, audio_encoder: AudioEncoder, *, config: OmniConfig) -> None:
@@ -79,6 +80,8 @@ class OmniModel(nn.Module):
         self.config = config
         self.backbone = backbone
         self.audio_encoder = audio_encoder
+        if config.tts.input == "before_norm":
+            backbone.tap_final_norm()
         rows, vocabulary = config.codec_spec.num_codebooks, config.vocabulary
         self.audio_adapter = AudioAdapter(
             in_width=config.encoder_width,
@@ -185,7 +188,7 @@ class OmniModel(nn.Module):
         """Return code logits [B, K, S, V] of LM states [B, S, D].
 
         Args:
-            hidden: states that enter the LM's head.
+            hidden: states that enter the TTS blocks, the backbone's ``tapped``.
             attention_mask: [B, past + S], zero at padding.
             position_ids: [B, S].
             cache: keys and values of earlier steps; these steps are added to it.
@@ -233,7 +236,7 @@ class OmniModel(nn.Module):
         if cache is not None:
             cache.backbone = output.cache
         code_logits = self.speak(
-            output.hidden,
+            output.tapped,
             attention_mask=attention_mask,
             position_ids=position_ids,
             cache=cache.tts if cache else None,

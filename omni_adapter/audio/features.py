@@ -98,10 +98,14 @@ class LogMel:
         """Write ``preprocessor_config.json``; :meth:`from_pretrained` reads it."""
         self._extractor.save_pretrained(str(folder))
 
-    def num_frames(self, num_samples: int) -> list[int]:
+    def num_frames(self, num_samples: int, *, padding: EncoderPadding = "true_length") -> list[int]:
         """Return the feature frames of each window of a recording of ``num_samples``, silence not counted."""
         full_windows, rest = divmod(num_samples, self.window_samples)
-        return [self.window_frames] * full_windows + ([-(-rest // self.hop_length)] if rest else [])
+        if padding == "mini_omni":  # the frame that begins where the recording ends is counted as well
+            frames = min(rest // self.hop_length + 1, self.window_frames)
+        else:
+            frames = -(-rest // self.hop_length)
+        return [self.window_frames] * full_windows + ([frames] if rest else [])
 
     def windows(self, waveform: Tensor, *, padding: EncoderPadding = "true_length") -> list[Features]:
         """Turn a recording into features, all of it.
@@ -109,7 +113,8 @@ class LogMel:
         Args:
             waveform: float samples in -1..1 at ``sampling_rate``, [N].
             padding: ``true_length`` for the frames that cover the recording; ``window`` for as many as a full
-                window has, the rest silence, as Whisper was trained. Their common frames are the same.
+                window has, the rest silence, as Whisper was trained; ``mini_omni`` likewise, with its own
+                count of frames. Their common frames are the same.
 
         Returns:
             One entry for each window of ``window_samples``, in order; the last may be shorter.
@@ -125,10 +130,10 @@ class LogMel:
         return [self._extract(part, padding) for part in torch.split(waveform, self.window_samples)]
 
     def _extract(self, waveform: Tensor, padding: EncoderPadding) -> Features:
-        (length,) = self.num_frames(len(waveform))
+        (length,) = self.num_frames(len(waveform), padding=padding)
         # Silence up to where the last frame's Fourier transform ends: the same frames as in a full window.
         num_samples = length * self.hop_length + int(self._extractor.n_fft)
-        if padding == "window" or num_samples > self.window_samples:
+        if padding != "true_length" or num_samples > self.window_samples:
             num_samples = self.window_samples
         silence = num_samples - len(waveform)
         values = self._extractor(
@@ -138,4 +143,4 @@ class LogMel:
             truncation=False,
             return_tensors="pt",
         ).input_features[0]
-        return Features(values if padding == "window" else values[:, :length].contiguous(), length)
+        return Features(values[:, :length].contiguous() if padding == "true_length" else values, length)

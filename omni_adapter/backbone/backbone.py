@@ -98,7 +98,8 @@ class Backbone(Runner):
             last = outputs[-1].cache or last
         logits = torch.cat([output.logits for output in outputs], dim=1)
         hidden = torch.cat([output.hidden for output in outputs], dim=1)
-        return BackboneOutput(logits[:, -logits_to_keep:], hidden, last)
+        tapped = torch.cat([output.tapped for output in outputs], dim=1)
+        return BackboneOutput(logits[:, -logits_to_keep:], hidden, last, tapped)
 
     def project(self, hidden: Tensor) -> Tensor:
         """Return the LM's own logits of states that enter its head, with its own scales, caps and biases.
@@ -122,6 +123,14 @@ class Backbone(Runner):
             A cache of n rows that shares no memory with ``cache``.
         """
         return caches.select_rows(cache, indices)
+
+    def tap_final_norm(self) -> None:
+        """Let every pass from now on also return what enters the LM's final norm, as ``tapped``.
+
+        Raises:
+            BackboneError: if no norm makes the LM's last hidden state.
+        """
+        self._tapped_norm = (probes.find_final_norm(self),)
 
     def checkpoint_gradients(self) -> None:
         """Compute the LM's states again in backward passes instead of keeping them.
@@ -280,10 +289,16 @@ class Backbone(Runner):
         """
         copy_weights(weights, into=self.lora_state_dict(), name=class_name(self.lm))
 
-    def save_lora(self, folder: Path) -> None:
-        """Write LoRA as PEFT does, so that PEFT alone can put it onto the base as well."""
+    def save_lora(self, folder: Path, *, base: str | None = None, revision: str | None = None) -> None:
+        """Write LoRA as PEFT does, so that PEFT alone can put it onto the base as well.
+
+        Args:
+            folder: made if missing.
+            base: Hub id of the base, if it has one.
+            revision: commit of the base there.
+        """
         if self._lora:
-            self._lora.save(folder)
+            self._lora.save(folder, base=base, revision=revision)
 
     def load_lora(self, folder: Path) -> None:
         """Add the LoRA that ``save_lora`` or PEFT wrote.

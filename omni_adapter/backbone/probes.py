@@ -241,6 +241,37 @@ def hidden_width(runner: Runner) -> int:
 
 
 @probe
+def find_final_norm(runner: Runner) -> nn.Module:
+    """Return the norm whose output is the last hidden state.
+
+    Raises:
+        BackboneError: if there is none.
+    """
+    made: list[tuple[nn.Module, Tensor, Tensor]] = []
+
+    def collect(module: nn.Module, inputs: tuple[object, ...], output: object) -> None:
+        if inputs and isinstance(inputs[0], Tensor) and isinstance(output, Tensor):
+            made.append((module, inputs[0], output))
+
+    # A norm scales and shifts each number by itself: it has no matrix.
+    plain = [part for part in runner.lm.modules() if all(weight.dim() < 2 for weight in part.parameters())]
+    handles = [part.register_forward_hook(collect) for part in plain]
+    try:
+        hidden = runner.run(Steps(sample(runner))).hidden
+    finally:
+        for handle in handles:
+            handle.remove()
+    for module, before, after in reversed(made):
+        same = before.numel() == after.numel() == hidden.numel()
+        if same and torch.equal(after.flatten(), hidden.flatten()) and not torch.equal(before, after):
+            return module
+    raise BackboneError(
+        f"{class_name(runner.lm)} has no norm that makes its last hidden state, so that nothing can read "
+        'what comes before it; use tts.input="after_norm"'
+    )
+
+
+@probe
 def padding_is_exact(runner: Runner) -> bool:
     """Compare a padded row with the same row alone, in a full pass and in a cached step."""
     row = sample(runner)

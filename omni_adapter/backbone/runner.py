@@ -5,7 +5,7 @@ hidden width] and a cache out. Gives each LM the arguments that it takes, and ru
 again from the start. Knows nothing of whether what comes out is right: that is for ``probes``.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -26,6 +26,7 @@ class BackboneOutput(NamedTuple):
     logits: Tensor  # [B, S or logits_to_keep, V], by the LM's own head
     hidden: Tensor  # [B, S, hidden width], what enters the LM head, at all positions
     cache: BackboneCache | None
+    tapped: Tensor  # [B, S, hidden width], ``hidden``, or what enters the final norm if that is tapped
 
 
 class BodyCall(NamedTuple):
@@ -89,6 +90,7 @@ class Runner(nn.Module):
         self.lm = lm
         self.replays = False
         self.position_offset = 0
+        self._tapped_norm: tuple[nn.Module, ...] = ()  # in a tuple: it is the LM's already
 
     @property
     def embedding_table(self) -> Tensor:
@@ -156,21 +158,22 @@ class Runner(nn.Module):
             logits_to_keep=logits_to_keep,
             return_dict=True,
         )
-        with watched_bodies(self.lm) as calls:
+        with watched_bodies(self.lm) as calls, watched_inputs(self._tapped_norm) as inputs:
             # A copy, since some LMs scale their input in place.
             output = self.lm(inputs_embeds=steps.embeddings.clone(), **(arguments | states))
         if not calls:
             raise BackboneError(f"{class_name(self.lm)} has no body whose last hidden state enters its head")
         hidden = calls[-1].hidden
+        tapped = inputs[-1] if self._tapped_norm else hidden
         logits = output["logits"]
         logits = logits[:, -logits_to_keep:] if logits_to_keep else logits
         if not use_cache:
-            return BackboneOutput(logits, hidden, None)
+            return BackboneOutput(logits, hidden, None, tapped)
         if states := self.accepted(**output):
             rows, count = steps.embeddings.shape[:2]
-            return BackboneOutput(logits, hidden, BackboneCache(states, rows, past + count))
+            return BackboneOutput(logits, hidden, BackboneCache(states, rows, past + count), tapped)
         self.replays = True
-        return BackboneOutput(logits, hidden, _kept(steps))
+        return BackboneOutput(logits, hidden, _kept(steps), tapped)
 
     def _mask_and_positions(self, steps: Steps, past: int) -> tuple[Tensor | None, Tensor | None]:
         """Mask and position ids as the LM counts them, derived where they are not given."""
@@ -191,7 +194,8 @@ class Runner(nn.Module):
         if cache is not None:
             steps = steps.after(Steps(**cache.states))
         output = self._run_once(steps, None, use_cache=False, logits_to_keep=logits_to_keep or count)
-        return BackboneOutput(output.logits, output.hidden[:, -count:], _kept(steps) if use_cache else None)
+        cache = _kept(steps) if use_cache else None
+        return BackboneOutput(output.logits, output.hidden[:, -count:], cache, output.tapped[:, -count:])
 
 
 def _kept(steps: Steps) -> BackboneCache:
@@ -212,6 +216,22 @@ def watched_bodies(lm: PreTrainedModel) -> Iterator[list[BodyCall]]:
     handles = [body.register_forward_hook(collect) for body in find_bodies(lm)]
     try:
         yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def watched_inputs(modules: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
+    """Collect the first argument of each call of ``modules``."""
+    found: list[Tensor] = []
+
+    def collect(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        found.append(inputs[0])
+
+    handles = [module.register_forward_pre_hook(collect) for module in modules]
+    try:
+        yield found
     finally:
         for handle in handles:
             handle.remove()

@@ -126,7 +126,7 @@ class OmniProcessor:
     def num_steps(self, num_samples: int) -> int:
         """Return how many LM steps a recording of ``num_samples`` at the encoder's rate takes."""
         config = self.config
-        windows = self.log_mel.num_frames(num_samples)
+        windows = self.log_mel.num_frames(num_samples, padding=config.encoder_padding)
         frames = sum(-(-window // config.encoder_stride) for window in windows)
         return -(-frames // config.audio_adapter.stack)
 

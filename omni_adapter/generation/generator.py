@@ -292,7 +292,7 @@ class Decoder:
         speaking = state.num_speaking
         if speaking:
             state.code_logits = self.model.speak(
-                output.hidden[:speaking],
+                output.tapped[:speaking],
                 attention_mask=mask[:speaking] if mask is not None else None,
                 position_ids=positions[:speaking] if positions is not None else None,
                 cache=state.cache.tts,

@@ -166,7 +166,7 @@ class AudioEncoder(nn.Module):
             features: log-mel features, [B, M, F].
             lengths: true feature frames of each window, int64 [B], from 1 to F.
             padding: ``true_length``: nothing after a window's length has any influence, so that a window
-                gives the same frames alone and in a batch. ``window``: what follows is the silence of a full
+                gives the same frames alone and in a batch. Otherwise what follows is the silence of a full
                 window, which is heard and then cut off.
 
         Returns:
@@ -178,7 +178,7 @@ class AudioEncoder(nn.Module):
         self._check(features, lengths, padding)
         lengths = lengths.to(features.device)
         steps = (lengths + self.stride - 1) // self.stride
-        heard = torch.full_like(lengths, features.shape[-1]) if padding == "window" else lengths
+        heard = torch.full_like(lengths, features.shape[-1]) if padding != "true_length" else lengths
         x = features.to(self.encoder.conv1.weight.dtype)
         everything = bool((heard == features.shape[-1]).all())
         if not everything:
@@ -211,8 +211,9 @@ class AudioEncoder(nn.Module):
                 reason="wrong_type",
             )
         num_frames = features.shape[-1]
-        if num_frames > self.window_frames or (padding == "window" and num_frames != self.window_frames):
-            limit = "exactly" if padding == "window" else "at most"
+        exactly = padding != "true_length"
+        if num_frames > self.window_frames or (exactly and num_frames != self.window_frames):
+            limit = "exactly" if exactly else "at most"
             raise AudioError(
                 f"a window has {limit} {self.window_frames} feature frames, got {num_frames}; "
                 "LogMel.windows splits long recordings",

@@ -80,14 +80,21 @@ class TtsBlock(nn.Module):
     """Pre-norm attention with rotary positions, then SwiGLU."""
 
     def __init__(
-        self, *, width: int, heads: int, kv_heads: int, intermediate_width: int, norm_eps: float
+        self,
+        *,
+        width: int,
+        heads: int,
+        kv_heads: int,
+        intermediate_width: int,
+        norm_eps: float,
+        qkv_bias: bool = False,
     ) -> None:
         super().__init__()
         self.head_width = width // heads
         self.attention_norm = nn.RMSNorm(width, eps=norm_eps)
-        self.query = nn.Linear(width, width, bias=False)
-        self.key = nn.Linear(width, kv_heads * self.head_width, bias=False)
-        self.value = nn.Linear(width, kv_heads * self.head_width, bias=False)
+        self.query = nn.Linear(width, width, bias=qkv_bias)
+        self.key = nn.Linear(width, kv_heads * self.head_width, bias=qkv_bias)
+        self.value = nn.Linear(width, kv_heads * self.head_width, bias=qkv_bias)
         self.output = nn.Linear(width, width, bias=False)
         self.mlp_norm = nn.RMSNorm(width, eps=norm_eps)
         self.gate = nn.Linear(width, intermediate_width, bias=False)
@@ -166,6 +173,7 @@ class TtsBlocks(nn.Module):
                 kv_heads=kv_heads,
                 intermediate_width=config.intermediate_width or round_up(width * 8 // 3),
                 norm_eps=config.norm_eps,
+                qkv_bias=config.qkv_bias,
             )
             for _ in range(config.layers)
         )
@@ -181,6 +189,8 @@ class TtsBlocks(nn.Module):
                 nn.init.normal_(parameter, std=residual_std)
             elif parameter.dim() == 2:
                 nn.init.normal_(parameter, std=0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
 
     def forward(
         self,

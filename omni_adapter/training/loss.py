@@ -171,7 +171,7 @@ class TrainingModel(nn.Module):
             criterion = _Answers(labels, targets.weights[-1], teach, self.settings.temperature)
         states = output.logits if self._needs_logits else output.hidden
         text, text_report = self._text_loss(states, places, criterion)
-        codes, code_report = self._code_loss(output.hidden, targets, attention_mask, position_ids)
+        codes, code_report = self._code_loss(output.tapped, targets, attention_mask, position_ids)
         report = torch.cat((code_report, text_report)).detach()
         weights = torch.tensor(self._weights, device=report.device)
         return Losses(
@@ -208,7 +208,7 @@ class TrainingModel(nn.Module):
     def _silence(self, device: torch.device) -> Clips:
         """A recording that nobody hears."""
         encoder, padding = self.model.audio_encoder, self.model.config.encoder_padding
-        frames = encoder.window_frames if padding == "window" else encoder.stride
+        frames = encoder.stride if padding == "true_length" else encoder.window_frames
         features = torch.zeros(1, encoder.num_mel_bins, frames, device=device)
         return Clips(features, torch.tensor([frames], device=device), (1,))
 
