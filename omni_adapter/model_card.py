@@ -4,21 +4,28 @@ Facts in, Markdown out. Knows nothing of models, weights or the network.
 """
 
 import json
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import quote
 
 import yaml
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from omni_adapter.config import OmniConfig, PartRef
 from omni_adapter.errors import CheckpointError
 
 CARD_FILE = "README.md"
+_TASK = "any-to-any"  # the Hub's name for it
 SAMPLES_FOLDER = "samples"
+SAMPLE_SUFFIXES = frozenset({".wav", ".flac", ".mp3", ".ogg"})
 _MAX_CARD_BYTES = 1 << 20
-_SAMPLE_SUFFIXES = frozenset({".wav", ".flac", ".mp3", ".ogg"})
+_OWN_CARD = (
+    "<!-- Written by omni-adapter from the files beside it. Take this line out to keep a text of your own "
+    "when the folder is pushed. -->"
+)
 
 
 @dataclass(frozen=True)
@@ -28,8 +35,9 @@ class CardFacts:
     Attributes:
         name: Hub id or name of the talker, as the snippet loads it.
         num_added: parameters that were added to the base.
-        evaluation: figures by name, such as ``{"WER, LibriSpeech test-clean": 0.061}``.
-        samples: recordings of the talker, copied beside the card.
+        evaluation: figures by name: the measure, a comma and the data set, such as
+            ``{"WER, LibriSpeech test-clean": 0.061}``.
+        samples: recordings of the talker, which lie beside the card in the folder ``samples``.
         datasets: what it was trained on: Hub id or name, and the licence of each.
     """
 
@@ -41,12 +49,17 @@ class CardFacts:
 
 
 def write_model_card(folder: Path, *, config: OmniConfig, facts: CardFacts) -> None:
-    """Write ``README.md`` and the samples that it links.
+    """Write ``README.md`` and copy the samples that it links.
 
     Raises:
         CheckpointError: if a sample is missing or no recording, or two have one name.
     """
-    samples = _copy_samples(facts.samples, folder)
+    _copy_samples(facts.samples, folder)
+    (folder / CARD_FILE).write_text(make_card(config, facts), encoding="utf-8")
+
+
+def make_card(config: OmniConfig, facts: CardFacts) -> str:
+    """Return the card's Markdown, with the metadata that the Hub reads at its top."""
     spec, base = config.codec_spec, config.base
     rows = {
         "base model": f"{_link(base)} ({'stored here' if _is_inside(base) else 'by reference'})",
@@ -71,10 +84,18 @@ def write_model_card(folder: Path, *, config: OmniConfig, facts: CardFacts) -> N
         sections.append("## Evaluation\n\n" + _table(("measure", "value"), figures))
     if facts.datasets:
         sections.append("## Training data\n\n" + _table(("data set", "licence"), facts.datasets))
-    if samples:
-        players = [f'{name}\n\n<audio controls src="{SAMPLES_FOLDER}/{name}"></audio>\n' for name in samples]
+    if facts.samples:
+        names = [Path(sample).name for sample in facts.samples]
+        players = [
+            f'{name}\n\n<audio controls src="{SAMPLES_FOLDER}/{quote(name)}"></audio>\n' for name in names
+        ]
         sections.append("## Samples\n\n" + "\n".join(players))
-    (folder / CARD_FILE).write_text("\n".join(sections), encoding="utf-8")
+    return "\n".join([*sections, _OWN_CARD, ""])
+
+
+def is_own_card(text: str) -> bool:
+    """Tell whether a card is as ``make_card`` wrote it, so that a newer one may take its place."""
+    return _OWN_CARD in text
 
 
 def read_license(card: Path) -> str | None:
@@ -92,11 +113,11 @@ def read_license(card: Path) -> str | None:
 
 def _metadata(config: OmniConfig, facts: CardFacts) -> ModelCardData:
     base = config.base
-    origin = _hub_id(base)
+    origin = hub_id(base)
     known = base.license if base.license and "," not in base.license else None
     return ModelCardData(
         library_name="omni-adapter",
-        pipeline_tag="any-to-any",
+        pipeline_tag=_TASK,
         base_model=origin,
         base_model_relation=("finetune" if _is_inside(base) else "adapter") if origin else None,
         license=known or "other",
@@ -104,34 +125,56 @@ def _metadata(config: OmniConfig, facts: CardFacts) -> ModelCardData:
         license_link=f"https://huggingface.co/{origin}" if origin and known in (None, "other") else None,
         datasets=[name for name in facts.datasets if name.count("/") == 1] or None,
         tags=["speech", "speech-to-speech", "omni-adapter", "mini-omni"],
+        model_name=facts.name,
+        eval_results=_results(facts.evaluation) or None,
     )
 
 
-def _copy_samples(samples: Sequence[str | Path], folder: Path) -> list[str]:
+def _results(evaluation: Mapping[str, float]) -> list[EvalResult]:
+    """The figures that name their data set, in the form in which the Hub lists them (its ``model-index``)."""
+    named = {tuple(part.strip() for part in name.split(",", 1)): value for name, value in evaluation.items()}
+    return [
+        EvalResult(
+            task_type=_TASK,
+            dataset_type=name[1] if name[1].count("/") == 1 else _slug(name[1]),
+            dataset_name=name[1],
+            metric_type=_slug(name[0]),
+            metric_name=name[0],
+            metric_value=value,
+        )
+        for name, value in named.items()
+        if len(name) > 1 and all(map(_slug, name))
+    ]
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def _copy_samples(samples: Sequence[str | Path], folder: Path) -> None:
     names = [Path(sample).name for sample in samples]
     for sample in map(Path, samples):
-        if sample.suffix.lower() not in _SAMPLE_SUFFIXES or not sample.is_file():
-            known = ", ".join(sorted(_SAMPLE_SUFFIXES))
+        if sample.suffix.lower() not in SAMPLE_SUFFIXES or not sample.is_file():
+            known = ", ".join(sorted(SAMPLE_SUFFIXES))
             raise CheckpointError(f"a sample must be an existing recording ({known}), got {sample}")
         if names.count(sample.name) > 1:
             raise CheckpointError(f"two samples are called {sample.name}; rename one of them")
         (folder / SAMPLES_FOLDER).mkdir(exist_ok=True)
         shutil.copyfile(sample, folder / SAMPLES_FOLDER / sample.name)
-    return names
 
 
 def _is_inside(part: PartRef) -> bool:
     return part.id.startswith("./")
 
 
-def _hub_id(part: PartRef) -> str | None:
+def hub_id(part: PartRef) -> str | None:
     """Hub id of a part, None if it came from elsewhere."""
     name = part.origin if _is_inside(part) else part.id
     return name if name and not Path(name).is_absolute() and name.count("/") == 1 else None
 
 
 def _link(part: PartRef) -> str:
-    origin = _hub_id(part)
+    origin = hub_id(part)
     if origin:
         return f"[{origin}](https://huggingface.co/{origin})"
     return "a model of its own" if _is_inside(part) else Path(part.id).name or "a model without a name"

@@ -23,11 +23,11 @@ from omni_adapter.backbone import Backbone
 from omni_adapter.config import OmniConfig, dump, parse
 from omni_adapter.data.layout import get_task
 from omni_adapter.data.processor import Message, OmniProcessor, find_text_end_ids, tokenizer_fingerprint
-from omni_adapter.errors import ConfigError, PromptError
+from omni_adapter.errors import CheckpointError, ConfigError, PromptError
 from omni_adapter.generation.generator import Decoder, GenerationSettings
 from omni_adapter.generation.streaming import Chunk, Rendering, Reply, stream_chunks
 from omni_adapter.model import ADDED_GROUPS, OmniModel
-from omni_adapter.model_card import CardFacts, write_model_card
+from omni_adapter.model_card import CardFacts
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +39,9 @@ _TASK_OF = {
 }
 """Task by whether the prompt has a recording and whether the reply is spoken."""
 
+EXPORT_FORMS = ("merged", "peft")
+"""What becomes of LoRA when a whole talker is exported."""
+
 
 class OmniAdapter:
     """A causal LM that hears and speaks. Make one with :meth:`wrap` or :meth:`from_pretrained`.
@@ -48,15 +51,23 @@ class OmniAdapter:
         processor: lays prompts out.
         codec: turns codes into sound.
         config: what is saved with a checkpoint.
+        datasets: what it was trained on: Hub id or name, and the licence of each.
     """
 
     def __init__(
-        self, model: OmniModel, *, processor: OmniProcessor, codec: Codec, config: OmniConfig
+        self,
+        model: OmniModel,
+        *,
+        processor: OmniProcessor,
+        codec: Codec,
+        config: OmniConfig,
+        datasets: Mapping[str, str] | None = None,
     ) -> None:
         self.model = model
         self.processor = processor
         self.codec = codec
         self.config = config
+        self.datasets = dict(datasets or {})
 
     @classmethod
     def wrap(
@@ -196,7 +207,13 @@ class OmniAdapter:
         hub.load_added(folder, model)
         _place_added(model)
         processor = OmniProcessor(tokenizer, LogMel.from_pretrained(folder), config=config)
-        return cls(model.eval(), processor=processor, codec=loaded_codec, config=config)
+        return cls(
+            model.eval(),
+            processor=processor,
+            codec=loaded_codec,
+            config=config,
+            datasets=hub.read_datasets(folder),
+        )
 
     @property
     def tokenizer(self) -> Any:
@@ -349,9 +366,10 @@ class OmniAdapter:
             include: whole parts to save beside it: ``base``, ``encoder``, ``codec``; others are referred to
                 by id. Parts that were loaded from inside a talker's folder are always saved along.
             name: name for the model card; None takes the folder's.
-            evaluation: figures for the model card, by name.
-            samples: recordings for the model card.
-            datasets: what it was trained on, for the model card: Hub id or name, and the licence of each.
+            evaluation: figures for the model card, by name; those that name a data set after a comma, such
+                as ``"WER, LibriSpeech test-clean"``, go into its metadata too.
+            samples: recordings for the model card, copied beside it.
+            datasets: what it was trained on, beside ``self.datasets``: Hub id or name, and its licence.
 
         Raises:
             CheckpointError: if a part has no name to refer to and is not included.
@@ -362,14 +380,34 @@ class OmniAdapter:
             self._num_added(),
             evaluation=evaluation or {},
             samples=samples,
-            datasets=datasets or {},
+            datasets={**self.datasets, **(datasets or {})},
         )
         self._save(folder, include=include, facts=facts, merged=False)
 
-    def merge_and_save(self, folder: str | Path, *, name: str | None = None) -> None:
-        """Write the whole talker into one folder: base with LoRA merged, encoder, codec, added weights."""
-        facts = CardFacts(name or Path(folder).resolve().name, self._num_added())
-        self._save(Path(folder), include=hub.PARTS, facts=facts, merged=True)
+    def export(self, folder: str | Path, *, form: str = "merged", name: str | None = None) -> None:
+        """Write the whole talker into one folder, every part in the form in which its own library loads it.
+
+        ``base`` is a causal LM of transformers with its tokenizer, ``encoder`` a Whisper encoder, ``codec`` a
+        SNAC; beside them lie the added weights. The folder loads by itself, offline.
+
+        Args:
+            folder: made if missing.
+            form: ``merged`` adds LoRA to the base's weights; ``peft`` leaves the base as it was and writes
+                LoRA as an adapter of PEFT into ``lora``.
+            name: name for the model card; None takes the folder's.
+
+        Raises:
+            ConfigError: if there is no such form.
+            CheckpointError: if LoRA is to be written and there is none.
+        """
+        if form not in EXPORT_FORMS:
+            raise ConfigError(f"a talker is exported as {' or '.join(EXPORT_FORMS)}, got {form!r}")
+        if form == "peft" and not self.model.backbone.has_lora:
+            raise CheckpointError(
+                "this talker has no LoRA, so there is nothing for PEFT; export it as merged"
+            )
+        facts = CardFacts(name or Path(folder).resolve().name, self._num_added(), datasets=self.datasets)
+        self._save(Path(folder), include=hub.PARTS, facts=facts, merged=form == "merged")
 
     def push_to_hub(
         self,
@@ -395,15 +433,9 @@ class OmniAdapter:
             CheckpointError: if the Hub refuses or the connection breaks; the repository is then as it was.
         """
         with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder, **{"name": repo_id, **saving})
-            return hub.push_folder(
-                Path(folder),
-                repo_id,
-                token=token,
-                private=private,
-                commit_message=commit_message,
-                revision=revision,
-            )
+            self.save_pretrained(folder, **saving)
+            options = hub.PushOptions(token, private, revision, commit_message)
+            return hub.push_folder(Path(folder), repo_id, options=options)
 
     def _num_added(self) -> int:
         groups = self.model.groups()
@@ -423,7 +455,7 @@ class OmniAdapter:
             )
             hub.save_added(staging, self.model, config=config, with_lora=not merged)
             self.processor.save_pretrained(staging)
-            write_model_card(staging, config=config, facts=facts)
+            hub.save_card(staging, config=config, facts=facts)
 
 
 def _settings(settings: GenerationSettings | None, options: Mapping[str, Any]) -> GenerationSettings:

@@ -4,6 +4,7 @@ A path in, a dict of tensors out. What a file claims is checked against what is 
 allocated. Knows nothing of models: the caller says which names and shapes it expects.
 """
 
+import math
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -52,6 +53,19 @@ def read_safetensors(path: Path, *, expected: Mapping[str, Sequence[int]] | None
         raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
     check_finite(state, source=str(path))
     return state
+
+
+def num_elements(path: Path) -> int:
+    """Return how many numbers a ``.safetensors`` file holds; only its header is read.
+
+    Raises:
+        CheckpointError: if the file is malformed.
+    """
+    try:
+        with safe_open(path, framework="pt", device="cpu") as tensors:
+            return sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
 
 
 def read_torch_file(path: Path) -> Any:

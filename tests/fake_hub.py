@@ -13,7 +13,7 @@ import json
 import re
 import socket
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -66,6 +66,7 @@ class FakeHub:
         break_commit_at: close the connection after so many bytes of a commit's body.
         break_upload_at: likewise for a large file.
         break_download_at: likewise for what is sent, once per number given.
+        before_commit: what others do right before the next commit arrives.
         down: ``"cut"`` breaks every connection, ``"busy"`` answers 503.
     """
 
@@ -77,6 +78,7 @@ class FakeHub:
         self.break_upload_at: int | None = None
         self.break_download_at: list[int] = []
         self.down: str | None = None
+        self.before_commit: list[Callable[[], object]] = []
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
         self._server.daemon_threads = True
         self._server.hub = self
@@ -314,10 +316,14 @@ class _Handler(BaseHTTPRequestHandler):
         lines = [json.loads(line) for line in body.splitlines()]
         files = dict(repo.commits[parent])
         message = ""
+        if self.hub.before_commit:
+            self.hub.before_commit.pop()()
         for line in lines:
             value = line["value"]
             if line["key"] == "header":
                 message = value["summary"]
+                if value.get("parentCommit") not in (None, repo.branches[revision]):
+                    return self._error(412, "", "A commit has happened since. Please refresh and try again.")
             elif line["key"] == "file":
                 files[value["path"]] = base64.b64decode(value["content"], validate=True)
             elif line["key"] == "lfsFile":

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from omni_adapter import __version__, cli
 
-COMMANDS = ("talk", "listen", "transcribe", "say", "wrap", "merge", "doctor", "bench")
+COMMANDS = ("talk", "listen", "transcribe", "say", "wrap", "export", "push", "doctor", "bench")
 SHORT = ("--max-new-tokens", "30")
 RATE = 24000
 
@@ -309,7 +309,7 @@ def test_listen_remembers_the_conversation(run, talker_folder, sounddevice, monk
     assert asked == [["system", *["user", "assistant"] * turn, "user"] for turn in range(3)]
 
 
-# --- wrap and merge ---
+# --- wrap and export ---
 
 
 @pytest.fixture(scope="module")
@@ -325,13 +325,13 @@ def test_wrap_then_talk(run, talker_folder, grafts):
     assert run("talk", "--text", "Hello!", "--model", "mine", *SHORT).exit_code == 0
 
 
-def test_wrap_with_parts_then_merge(run, talker_folder, grafts):
+def test_wrap_with_parts_then_export(run, talker_folder, grafts):
     assert (
         run("wrap", talker_folder / "base", "--out", "mine", "--include", "base, codec", *grafts).exit_code
         == 0
     )
     assert {path.name for path in Path("mine").iterdir() if path.is_dir()} == {"base", "codec"}
-    assert run("merge", "mine", "--out", "whole").exit_code == 0
+    assert run("export", "mine", "--out", "whole").exit_code == 0
     assert {path.name for path in Path("whole").iterdir() if path.is_dir()} == {"base", "codec", "encoder"}
     first, second = (
         json.loads(run("talk", "--text", "Hello!", "--model", name, "--json", *SHORT).stdout)["text"]

@@ -174,6 +174,19 @@ def test_a_gated_base_gives_the_message_of_the_hub(server, part_folders):
     assert wrap(token=TOKEN).config.base.id == BASE
 
 
+@pytest.mark.parametrize("repo", [BASE, ENCODER, CODEC, "me/talker"])
+def test_a_talker_with_a_gated_part_gives_the_message_of_the_hub(server, wrapped, repo, tmp_path):
+    wrapped.push_to_hub("me/talker", token=TOKEN)
+    server.repos[repo].gated = True
+    fresh = {"cache_dir": str(tmp_path / "fresh")}
+    with pytest.raises((BackboneError, CheckpointError)) as caught:
+        OmniAdapter.from_pretrained("me/talker", **fresh)
+    message = str(caught.value)
+    assert f"Access to model {repo} is restricted" in message
+    assert f"Visit {server.url}/{repo} to ask for access" in message
+    assert OmniAdapter.from_pretrained("me/talker", token=TOKEN, **fresh).config == wrapped.config
+
+
 def test_a_private_talker_needs_a_token(server, wrapped):
     wrapped.push_to_hub("me/talker", private=True, token=TOKEN)
     with pytest.raises(CheckpointError, match=r"(?s)me/talker is neither.*make sure you are authenticated"):
@@ -345,9 +358,7 @@ def test_a_push_that_breaks_off_changes_nothing_and_can_be_repeated(server, wrap
     wrapped.save_pretrained(tmp_path / "talker")
     before = bytes_of(tmp_path / "talker")
     setattr(server, place, at)
-    with pytest.raises(
-        CheckpointError, match=r"(?s)not pushed to me/talker: .*calling push_to_hub again sends it whole"
-    ):
+    with pytest.raises(CheckpointError, match=r"(?s)not pushed to me/talker: .*pushing again sends it whole"):
         wrapped.push_to_hub("me/talker", token=TOKEN)
     assert server.repos["me/talker"].files.keys() == {".gitattributes"}
     assert bytes_of(tmp_path / "talker") == before
@@ -384,6 +395,107 @@ def test_a_push_replaces_the_earlier_talker_and_nothing_else(server, wrapped):
         "commit",
         "Upload talker",
     ]
+
+
+def test_a_push_that_another_one_overtakes_leaves_theirs(server, wrapped):
+    wrapped.push_to_hub("me/talker", token=TOKEN)
+    theirs = {**server.repos["me/talker"].files, "lora/adapter_model.safetensors": b"theirs"}
+    server.before_commit.append(lambda: server.commit("me/talker", theirs))
+    with pytest.raises(CheckpointError, match=r"(?s)not pushed to me/talker: .*A commit has happened since"):
+        wrapped.push_to_hub("me/talker", token=TOKEN)
+    assert server.repos["me/talker"].files == theirs
+    wrapped.push_to_hub("me/talker", token=TOKEN)
+    assert "lora/adapter_model.safetensors" not in server.repos["me/talker"].files
+
+
+def test_a_saved_folder_is_pushed_with_what_was_measured_since(server, wrapped, question, tmp_path):
+    folder = tmp_path / "talker"
+    wrapped.model.backbone.add_lora(2)
+    wrapped.save_pretrained(folder, include=("codec",), datasets={"org/speech": "cc-by-4.0"})
+    (folder / "evaluation.json").write_text('{"WER, org/test-clean": 0.0612, "UTMOS": 4}')
+    (folder / "samples").mkdir()
+    shutil.copy(question, folder / "samples" / "a reply.wav")
+    (folder / "optimizer.pt").write_bytes(b"mine")
+    (folder / "base").mkdir()
+    (folder / "base" / "run.py").write_bytes(b"mine")
+    before = bytes_of(folder)
+    options = hub.PushOptions(token=TOKEN, commit_message="Measured")
+    hub.push_folder(folder, "me/talker", options=options)
+    assert bytes_of(folder) == before
+    repo = server.repos["me/talker"]
+    assert repo.messages == ["initial commit", "Measured"]
+    facts = {"evaluation.json", "datasets.json", "samples/a reply.wav"}
+    lora = {"lora/adapter_config.json", "lora/adapter_model.safetensors"}
+    codec = {"codec/config.json", "codec/model.safetensors"}
+    assert repo.files.keys() == {".gitattributes", *OWN_FILES, *facts, *lora, *codec}
+    assert all(repo.files[name] == before[name] for name in before.keys() & repo.files.keys() - {"README.md"})
+    card = repo.files["README.md"].decode()
+    metadata = metadata_of(card)
+    assert metadata["datasets"] == ["org/speech"]
+    (measured,) = metadata["model-index"][0]["results"]
+    assert metadata["model-index"][0]["name"] == "me/talker"
+    assert measured["dataset"] == {"type": "org/test-clean", "name": "org/test-clean"}
+    assert measured["metrics"] == [{"type": "wer", "value": 0.0612, "name": "WER"}]
+    assert "| WER, org/test-clean | 0.0612 |\n| UTMOS | 4 |" in card
+    assert "| org/speech | cc-by-4.0 |" in card
+    assert '<audio controls src="samples/a%20reply.wav"></audio>' in card
+    added = sum(weight.numel() for _, weight in wrapped.model.added_parameters())
+    added += sum(weight.numel() for weight in wrapped.model.groups()["lora"].values())
+    assert f"| added parameters | {added:,} |" in card
+    assert 'from_pretrained("me/talker")' in card
+    wrap().push_to_hub("me/talker", token=TOKEN)  # another talker: nothing was measured of it
+    assert server.repos["me/talker"].files.keys() == {".gitattributes", *OWN_FILES}
+
+
+def test_a_card_that_its_owner_wrote_is_pushed_as_it_is(server, wrapped, tmp_path):
+    wrapped.save_pretrained(tmp_path / "talker")
+    own = "---\nlicense: mit\n---\n# Mine\n"
+    (tmp_path / "talker" / "README.md").write_text(own)
+    hub.push_folder(tmp_path / "talker", "me/talker", options=hub.PushOptions(token=TOKEN))
+    assert server.repos["me/talker"].files["README.md"].decode() == own
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("evaluation.json", '{"WER": "low"}', "must hold names and numbers.*'WER' is 'low'"),
+        ("evaluation.json", '{"WER": NaN}', "NaN is not JSON"),
+        ("evaluation.json", '{"done": true}', "'done' is True"),
+        ("datasets.json", '{"org/speech": null}', "data sets and their licences.*'org/speech' is None"),
+    ],
+)
+def test_facts_that_say_nothing_are_refused(server, wrapped, tmp_path, name, content, message):
+    wrapped.save_pretrained(tmp_path / "talker")
+    (tmp_path / "talker" / name).write_text(content)
+    with pytest.raises(CheckpointError, match=message):
+        hub.push_folder(tmp_path / "talker", "me/talker", options=hub.PushOptions(token=TOKEN))
+    assert "me/talker" not in server.repos
+
+
+def test_what_a_talker_was_trained_on_goes_with_it(server, wrapped, tmp_path):
+    wrapped.push_to_hub("me/first", token=TOKEN, datasets={"org/speech": "cc-by-4.0"}, evaluation={"WER": 1})
+    second = OmniAdapter.from_pretrained("me/first")
+    assert second.datasets == {"org/speech": "cc-by-4.0"}
+    second.push_to_hub("me/second", token=TOKEN, datasets={"org/chat": "mit"})
+    assert OmniAdapter.from_pretrained("me/second").datasets == {"org/speech": "cc-by-4.0", "org/chat": "mit"}
+    card = server.repos["me/second"].files["README.md"].decode()
+    assert "| org/speech | cc-by-4.0 |\n| org/chat | mit |" in card
+    assert "## Evaluation" not in card  # figures are of one set of weights
+    second.export(tmp_path / "whole")
+    assert json.loads((tmp_path / "whole" / "datasets.json").read_text()) == second.datasets
+
+
+def test_an_earlier_commit_of_a_talker_is_still_there(server, wrapped):
+    address = wrapped.push_to_hub("me/talker", token=TOKEN)
+    commit = address.rpartition("/")[2]
+    first = wrapped.model.code_heads.proj.weight.clone()
+    wrapped.model.code_heads.proj.weight.data.zero_()
+    wrapped.push_to_hub("me/talker", token=TOKEN)
+    assert not OmniAdapter.from_pretrained("me/talker").model.code_heads.proj.weight.any()
+    earlier = OmniAdapter.from_pretrained("me/talker", revision=commit)
+    assert torch.equal(earlier.model.code_heads.proj.weight, first)
+    with pytest.raises(CheckpointError, match=r"(?s)me/talker is neither.*Invalid rev id: v9"):
+        OmniAdapter.from_pretrained("me/talker", revision="v9")
 
 
 def test_a_push_to_a_branch(server, wrapped):
@@ -532,7 +644,7 @@ def test_a_save_that_fails_leaves_the_earlier_talker(wrapped, tmp_path, monkeypa
     before = bytes_of(folder)
     wrapped.model.code_heads.proj.weight.data.zero_()
     with monkeypatch.context() as patch:
-        patch.setattr("omni_adapter.talker.write_model_card", lambda *_, **__: 1 / 0)
+        patch.setattr("omni_adapter.hub.saving.write_model_card", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             wrapped.save_pretrained(folder)
     assert bytes_of(folder) == before
@@ -632,7 +744,7 @@ def test_the_card_states_base_licence_tasks_and_size(wrapped, tmp_path):
     assert f"[{BASE}](https://huggingface.co/{BASE}) (by reference)" in card
     assert "Evaluation" not in card
     assert "Samples" not in card
-    wrapped.merge_and_save(tmp_path / "merged")
+    wrapped.export(tmp_path / "merged")
     merged = metadata_of((tmp_path / "merged" / "README.md").read_text())
     assert (merged["base_model"], merged["base_model_relation"], merged["license"]) == (
         BASE,
@@ -681,6 +793,9 @@ def test_the_card_carries_figures_samples_and_data(wrapped, question, tmp_path):
     assert "| WER, test-clean | 0.0612 |\n| UTMOS | 4.1 |" in card
     assert "| org/speech | cc-by-4.0 |" in card
     assert metadata_of(card)["datasets"] == ["org/speech"]
+    (measured,) = metadata_of(card)["model-index"][0]["results"]
+    assert measured["dataset"] == {"type": "test-clean", "name": "test-clean"}
+    assert measured["metrics"] == [{"type": "wer", "value": 0.0612, "name": "WER"}]
     assert f'<audio controls src="samples/{question.name}"></audio>' in card
     assert (tmp_path / "talker" / "samples" / question.name).read_bytes() == question.read_bytes()
     wrapped.save_pretrained(tmp_path / "talker")
@@ -692,6 +807,8 @@ def test_the_card_carries_figures_samples_and_data(wrapped, question, tmp_path):
     ):
         with pytest.raises(CheckpointError, match=message):
             wrapped.save_pretrained(tmp_path / "talker", samples=samples)
+    with pytest.raises(CheckpointError, match="must be finite, 'WER' is nan"):
+        wrapped.save_pretrained(tmp_path / "talker", evaluation={"WER": float("nan")})
 
 
 def test_the_snippet_of_a_saved_card_runs(wrapped, tmp_path, question, monkeypatch, capsys):

@@ -244,7 +244,7 @@ def test_lora_is_saved_loaded_and_merged(tmp_path, question):
     assert loaded.chat(question, **SHORT).text == reply.text
     with loaded.model.backbone.lora_disabled():
         assert loaded.chat(question, speak=False, **SHORT).text == plain.text
-    talker.merge_and_save(tmp_path / "merged")
+    talker.export(tmp_path / "merged")
     merged = OmniAdapter.from_pretrained(tmp_path / "merged")
     assert not merged.model.backbone.has_lora
     assert merged.chat(question, **SHORT).text == reply.text

@@ -4,6 +4,7 @@ An LM in; the same LM out, with trainable updates inside its linear layers. PEFT
 of what is learned with them, or when.
 """
 
+import copy
 import inspect
 import logging
 import re
@@ -32,6 +33,9 @@ logger = logging.getLogger(__name__)
 
 _ADAPTER = "default"
 """PEFT's name for what is added."""
+
+_TASK = "CAUSAL_LM"
+"""PEFT's name for what the base does, by which its ``AutoPeftModelForCausalLM`` knows what to load."""
 
 
 class Lora:
@@ -77,12 +81,23 @@ class Lora:
             if "lora_" in name and infix in name
         }
 
-    def save(self, folder: Path) -> None:
-        """Write weights and settings as PEFT does, so that PEFT alone can put them onto the base as well."""
+    def save(self, folder: Path, *, base: str | None, revision: str | None) -> None:
+        """Write weights and settings as PEFT does, so that PEFT alone can put them onto the base as well.
+
+        Args:
+            folder: made if missing.
+            base: Hub id of the base, if it has one; where it lies on this machine is not written.
+            revision: commit of the base.
+        """
         folder.mkdir(parents=True, exist_ok=True)
         weights = {name: weight.cpu().contiguous() for name, weight in self._file_weights().items()}
         save_file(weights, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
-        self.config.save_pretrained(str(folder))
+        config = copy.copy(self.config)
+        config.base_model_name_or_path, config.revision = base, revision
+        config.task_type = _TASK
+        if config.target_modules is not None and not isinstance(config.target_modules, str):
+            config.target_modules = sorted(config.target_modules)
+        config.save_pretrained(str(folder))
 
     def read(self, folder: Path) -> None:
         """Load the weights that ``save`` or PEFT wrote.
@@ -161,6 +176,7 @@ def read_config(folder: Path) -> LoraConfig:
     config = PeftConfig.from_pretrained(str(folder))
     if not isinstance(config, LoraConfig):
         raise BackboneError(f"{folder} holds {config.peft_type}; LoRA was expected")
+    config.task_type = None  # PEFT's class for the task would wrap methods of the LM that are not used here
     return config
 
 

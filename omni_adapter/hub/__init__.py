@@ -8,14 +8,14 @@ or codec that is not the one a checkpoint was made with is refused. Knows nothin
     parts.py     base, encoder and codec by name; is it the one the talker was made with?
     atomic.py    a saved talker is replaced whole or not at all
     loading.py   a saved talker's config, added weights and LoRA, checked
-    saving.py    the same, written
+    saving.py    the same, written, with its card
     sharing.py   a saved talker as one commit of a repository
 
 A file imports from those above it.
 """
 
 from omni_adapter.hub.atomic import replacing
-from omni_adapter.hub.files import CONFIG_FILE, PARTS
+from omni_adapter.hub.files import CONFIG_FILE, PARTS, read_datasets
 from omni_adapter.hub.loading import fetch_folder, load_added, part_location, read_config
 from omni_adapter.hub.options import HubOptions, sort_arguments
 from omni_adapter.hub.parts import (
@@ -26,13 +26,14 @@ from omni_adapter.hub.parts import (
     load_encoder,
     read_lm_config,
 )
-from omni_adapter.hub.saving import parts_inside, plain_lm, save_added, save_parts
-from omni_adapter.hub.sharing import push_folder
+from omni_adapter.hub.saving import parts_inside, plain_lm, save_added, save_card, save_parts
+from omni_adapter.hub.sharing import PushOptions, push_folder
 
 __all__ = [
     "CONFIG_FILE",
     "PARTS",
     "HubOptions",
+    "PushOptions",
     "check_fingerprint",
     "check_geometry",
     "fetch_folder",
@@ -45,9 +46,11 @@ __all__ = [
     "plain_lm",
     "push_folder",
     "read_config",
+    "read_datasets",
     "read_lm_config",
     "replacing",
     "save_added",
+    "save_card",
     "save_parts",
     "sort_arguments",
 ]

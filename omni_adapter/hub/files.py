@@ -13,8 +13,12 @@ from omni_adapter.errors import CheckpointError
 CONFIG_FILE = "omni_config.json"
 WEIGHTS_FILE = "omni_model.safetensors"
 FEATURES_FILE = "preprocessor_config.json"
+EVALUATION_FILE = "evaluation.json"
+DATASETS_FILE = "datasets.json"
+FACT_FILES = (EVALUATION_FILE, DATASETS_FILE)
 LORA_FOLDER = "lora"
 PARTS = ("base", "encoder", "codec")
+PART_SUFFIXES = ("safetensors", "json", "jinja", "txt", "model")
 
 _MAX_JSON_BYTES = 1 << 20
 _MAX_JSON_DEPTH = 32
@@ -43,6 +47,40 @@ def read_json(path: Path) -> dict[str, Any]:
         level = [value for items in inner for value in items if isinstance(value, dict | list)]
     if level:
         raise CheckpointError(f"{path} is nested more than {_MAX_JSON_DEPTH} levels deep")
+    return values
+
+
+def read_figures(folder: Path) -> dict[str, float]:
+    """Read what was measured of a talker, by name; nothing if its folder has no ``evaluation.json``.
+
+    Raises:
+        CheckpointError: if the file is no JSON object of numbers.
+    """
+    path = folder / EVALUATION_FILE
+    values = read_json(path) if path.is_file() else {}
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise CheckpointError(
+                f'{path} must hold names and numbers, such as {{"WER, test-clean": 0.06}}; '
+                f"{short(name)} is {short(value)}"
+            )
+    return values
+
+
+def read_datasets(folder: Path) -> dict[str, str]:
+    """Read what a talker was trained on: Hub id or name, and the licence of each; nothing if none is stated.
+
+    Raises:
+        CheckpointError: if the file is no JSON object of texts.
+    """
+    path = folder / DATASETS_FILE
+    values = read_json(path) if path.is_file() else {}
+    for name, value in values.items():
+        if not isinstance(value, str):
+            raise CheckpointError(
+                f'{path} must hold data sets and their licences, such as {{"org/speech": "cc-by-4.0"}}; '
+                f"{short(name)} is {short(value)}"
+            )
     return values
 
 

@@ -14,8 +14,10 @@ from omni_adapter.errors import CheckpointError
 from omni_adapter.hub.atomic import recover
 from omni_adapter.hub.files import (
     CONFIG_FILE,
+    DATASETS_FILE,
     FEATURES_FILE,
     LORA_FOLDER,
+    PART_SUFFIXES,
     PARTS,
     WEIGHTS_FILE,
     read_json,
@@ -45,7 +47,6 @@ _LORA_REFUSED = (
     "modules_to_save",
     "trainable_token_indices",
 )
-_PART_SUFFIXES = ("safetensors", "json", "jinja", "txt", "model")
 
 
 def fetch_folder(
@@ -149,7 +150,8 @@ def _download(name: str, options: HubOptions, inside: PurePosixPath, without: Co
         CONFIG_FILE,
         WEIGHTS_FILE,
         FEATURES_FILE,
-        *(f"{part}/*.{suffix}" for part in (LORA_FOLDER, *parts) for suffix in _PART_SUFFIXES),
+        DATASETS_FILE,
+        *(f"{part}/*.{suffix}" for part in (LORA_FOLDER, *parts) for suffix in PART_SUFFIXES),
     ]
     options = options.pinned(name)
     try:

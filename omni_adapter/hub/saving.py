@@ -1,4 +1,4 @@
-"""Write a talker into an empty folder: config, added weights, LoRA, and parts that have no other home.
+"""Write a talker into an empty folder: config, added weights, LoRA, card, and parts that have no other home.
 
 A model and its config in, files out, safetensors and JSON only. Knows nothing of what was in the folder
 before, nor of how it is shared.
@@ -6,7 +6,8 @@ before, nor of how it is shared.
 
 import copy
 import json
-from collections.abc import Collection
+import math
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,17 @@ from transformers import PreTrainedModel
 from omni_adapter.audio.codec import Codec
 from omni_adapter.config import OmniConfig, PartRef, dump
 from omni_adapter.errors import CheckpointError
-from omni_adapter.hub.files import CONFIG_FILE, LORA_FOLDER, PARTS, WEIGHTS_FILE
+from omni_adapter.hub.files import (
+    CONFIG_FILE,
+    DATASETS_FILE,
+    EVALUATION_FILE,
+    LORA_FOLDER,
+    PARTS,
+    WEIGHTS_FILE,
+)
 from omni_adapter.hub.options import is_hub_id
 from omni_adapter.model import OmniModel
+from omni_adapter.model_card import CardFacts, hub_id, write_model_card
 from omni_adapter.modules.audio_encoder import AudioEncoder
 
 
@@ -68,9 +77,25 @@ def save_added(folder: Path, model: OmniModel, *, config: OmniConfig, with_lora:
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.added_parameters()}
     save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     if with_lora and model.backbone.has_lora:
-        model.backbone.save_lora(folder / LORA_FOLDER)
-    text = json.dumps(dump(config), indent=2, ensure_ascii=False)
-    (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+        base = hub_id(config.base)
+        revision = config.base.revision if base else None
+        model.backbone.save_lora(folder / LORA_FOLDER, base=base, revision=revision)
+    _write_json(folder / CONFIG_FILE, dump(config))
+
+
+def save_card(folder: Path, *, config: OmniConfig, facts: CardFacts) -> None:
+    """Write the model card, and what it says beside the config as JSON and recordings.
+
+    Raises:
+        CheckpointError: if a sample is missing or no recording, or a figure is not finite.
+    """
+    for name, value in facts.evaluation.items():
+        if not math.isfinite(value):
+            raise CheckpointError(f"figures of a model card must be finite, {name!r} is {value}")
+    for file, values in ((EVALUATION_FILE, facts.evaluation), (DATASETS_FILE, facts.datasets)):
+        if values:
+            _write_json(folder / file, values)
+    write_model_card(folder, config=config, facts=facts)
 
 
 def plain_lm(model: OmniModel, *, merged: bool) -> PreTrainedModel:
@@ -83,6 +108,10 @@ def plain_lm(model: OmniModel, *, merged: bool) -> PreTrainedModel:
     else:
         backbone.drop_lora()
     return backbone.lm
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(dict(values), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _moved(ref: PartRef, place: str) -> PartRef:
