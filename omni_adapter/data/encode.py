@@ -1,7 +1,7 @@
 """Encode one row: recordings and texts in, codes out, or the reason why not.
 
-A row of a source in, a row of prepared data out, in the schema of ``rows``. Knows nothing of shards or folders,
-nor of how many processes do the work.
+A row of a source in, a row of prepared data out, in the schema of ``rows``. Knows nothing of shards, of
+folders, or of how many processes do the work.
 """
 
 import hashlib

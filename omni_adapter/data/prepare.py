@@ -40,7 +40,8 @@ logger = logging.getLogger(__name__)
 
 QUARANTINE_FILE = "quarantine.jsonl"
 JOURNAL_FOLDER = "journal"
-_UNFINISHED = ".partial"
+UNFINISHED = ".partial"
+"""Ends the name of a file that a killed process may leave; the end of the work removes it."""
 
 Record = Mapping[str, Any]
 """What the journal holds of a shard that is done."""
@@ -264,7 +265,7 @@ class Preparation:
             )
         rejects.check()
         for folder in (self.out, self.out / JOURNAL_FOLDER):
-            for leftover in folder.glob(f".*{_UNFINISHED}"):  # of processes that were killed
+            for leftover in folder.glob(f".*{UNFINISHED}"):  # of processes that were killed
                 leftover.unlink(missing_ok=True)
         _write(self.out / TOTALS_FILE, _json(vars(totals)))
         return totals
@@ -351,7 +352,7 @@ def _write(path: Path, content: bytes) -> None:
         DataError: if the disk is full or the folder may not be written; nothing is left of the file then.
     """
     # Another process, on another machine perhaps, may be writing the same file.
-    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}{_UNFINISHED}")
+    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}{UNFINISHED}")
     try:
         with unfinished.open("wb") as file:
             file.write(content)
@@ -374,7 +375,7 @@ def _write(path: Path, content: bytes) -> None:
 def _only_leftovers(folder: Path) -> bool:
     """Whether a folder holds nothing but what a kill at the very start leaves."""
     return all(
-        item.name.endswith(_UNFINISHED) or (item.name == JOURNAL_FOLDER and not any(item.iterdir()))
+        item.name.endswith(UNFINISHED) or (item.name == JOURNAL_FOLDER and not any(item.iterdir()))
         for item in folder.iterdir()
     )
 
