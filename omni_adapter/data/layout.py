@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from omni_adapter.audio.delay import delay_codes
-from omni_adapter.config import OmniConfig
+from omni_adapter.config import CodeRule, OmniConfig
 from omni_adapter.errors import CodeGridError, PromptError
 from omni_adapter.vocab import IGNORE_INDEX, NO_TEXT, CodeVocabulary, TextMarks
 
@@ -109,17 +109,21 @@ class GridRules:
         delays: steps by which each code row lags behind the text, length K.
         text_end_id: id that ends the answer's text.
         text_marks: ids of text marks where the checkpoint was trained with the original's layouts, else None.
+        code_rule: what the code rows may write, see :class:`OmniConfig`.
     """
 
     vocabulary: CodeVocabulary
     delays: tuple[int, ...]
     text_end_id: int
     text_marks: TextMarks | None = None
+    code_rule: CodeRule = "delayed"
 
     @classmethod
     def of(cls, config: OmniConfig) -> "GridRules":
         """Return the rules of a saved talker."""
-        return cls(config.vocabulary, config.delays, config.text_end_ids[0], config.text_marks)
+        return cls(
+            config.vocabulary, config.delays, config.text_end_ids[0], config.text_marks, config.code_rule
+        )
 
     @property
     def num_codebooks(self) -> int:

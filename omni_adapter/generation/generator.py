@@ -15,7 +15,14 @@ from torch import Tensor
 from omni_adapter.data.collator import Batch, Sample, collate
 from omni_adapter.data.layout import GridRules, Task
 from omni_adapter.errors import ConfigError, ContextOverflowError, PromptError
-from omni_adapter.generation.sampling import CodeAutomaton, SamplingSettings, penalise, sample
+from omni_adapter.generation.sampling import (
+    CODE_ROWS,
+    CodeAutomaton,
+    CodeRows,
+    SamplingSettings,
+    penalise,
+    sample,
+)
 from omni_adapter.model import OmniCache, OmniModel
 
 logger = logging.getLogger(__name__)
@@ -108,7 +115,7 @@ class DecodingState:
     text: Tensor
     codes: Tensor
     text_done: Tensor
-    automaton: CodeAutomaton | None
+    automaton: CodeRows | None
     generators: list[torch.Generator]
     seen_text: Tensor | None
     seen_codes: Tensor | None
@@ -340,6 +347,9 @@ class Decoder:
                     -1, drawn[owners][..., None], True
                 )
         state.codes = automaton.advance(drawn)
+        if automaton.ends_text:
+            state.text[automaton.finished] = self.rules.no_text
+            state.text_done |= automaton.finished
 
     def _finished(self, state: DecodingState, alive: Sequence[int]) -> tuple[FinishReason | None, ...]:
         """Why each running conversation ends with this step, if it does."""
@@ -420,7 +430,7 @@ class Decoder:
         draws = not (settings.text_sampling.is_greedy and settings.code_sampling.is_greedy)
         automaton = None
         if self.task.speaks:
-            automaton = CodeAutomaton(
+            automaton = CODE_ROWS[rules.code_rule](
                 rules.vocabulary, delays=rules.delays, max_steps=max_steps, device=device
             )
         seen_text = seen_codes = None

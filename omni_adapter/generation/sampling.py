@@ -4,12 +4,14 @@ Logits in, ids out: [R, V] -> [R], and for code rows [B, K, V] -> [B, K] under t
 nothing of models, prompts or codecs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
+from omni_adapter.config import CodeRule
 from omni_adapter.errors import ConfigError
 from omni_adapter.vocab import CodeVocabulary
 
@@ -88,6 +90,63 @@ def sample(logits: Tensor, settings: SamplingSettings, *, uniform: Tensor | None
     return ids.gather(-1, drawn.minimum(last_possible))[:, 0]
 
 
+class CodeRows(Protocol):
+    """What the code rows of a batch may write, step by step, and when they are done."""
+
+    ends_text: ClassVar[bool]  # whether the text is over too once the code rows are
+
+    @property
+    def finished(self) -> Tensor:
+        """Whether every row has ended, bool [B]."""
+
+    @property
+    def cut(self) -> Tensor:
+        """Whether speech was ended because the steps ran out, bool [B]."""
+
+    def mask(self, logits: Tensor) -> Tensor:
+        """Return logits [B, K, V] with ids that may not be drawn at minus infinity."""
+
+    def advance(self, drawn: Tensor) -> Tensor:
+        """Return the ids of this step, [B, K], for ids drawn under ``mask``, and count the step."""
+
+
+class FreeRows:
+    """Lets every code row write what it will; the end mark of the last row ends the reply, text and all.
+
+    This is how Mini-Omni decodes: nothing is masked, and what is drawn is what the model reads next.
+
+    Args:
+        vocabulary: ids of the code rows.
+        delays: steps by which each row lags behind the text, length K.
+        max_steps: steps at most, [B].
+        device: where the state lives.
+    """
+
+    ends_text: ClassVar[bool] = True
+
+    def __init__(
+        self, vocabulary: CodeVocabulary, *, delays: Sequence[int], max_steps: Tensor, device: torch.device
+    ) -> None:
+        self.vocabulary = vocabulary
+        self.last_row = max(range(len(delays)), key=lambda row: delays[row])
+        self.finished = torch.zeros_like(max_steps, dtype=torch.bool, device=device)  # [B]
+
+    @property
+    def cut(self) -> Tensor:
+        """Whether speech was ended because the steps ran out: never, bool [B]."""
+        return torch.zeros_like(self.finished)
+
+    def mask(self, logits: Tensor) -> Tensor:
+        """Return the logits as they are."""
+        return logits
+
+    def advance(self, drawn: Tensor) -> Tensor:
+        """Return the ids drawn, [B, K]; pad for conversations that have ended."""
+        ids = torch.where(self.finished[:, None], self.vocabulary.pad, drawn)
+        self.finished = self.finished | (ids[:, self.last_row] == self.vocabulary.end)
+        return ids
+
+
 class CodeAutomaton:
     """Knows for every code row and step whether pad, code or end is legal; samples nothing else.
 
@@ -100,6 +159,8 @@ class CodeAutomaton:
         max_steps: steps at most, [B]; speech is ended early enough for every row to finish.
         device: where the state lives.
     """
+
+    ends_text: ClassVar[bool] = False
 
     def __init__(
         self, vocabulary: CodeVocabulary, *, delays: Sequence[int], max_steps: Tensor, device: torch.device
@@ -149,3 +210,10 @@ class CodeAutomaton:
         ids = torch.where((step < self.delays) | (known & (step > end_step)), vocabulary.pad, ids)
         self.step = self.step + 1
         return ids
+
+
+CODE_ROWS: Mapping[CodeRule, type[CodeAutomaton] | type[FreeRows]] = {
+    "delayed": CodeAutomaton,
+    "free": FreeRows,
+}
+"""What the code rows may write, by the rule's name in :class:`OmniConfig`."""

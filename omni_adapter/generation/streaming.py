@@ -149,6 +149,7 @@ class Voice:
         self.stream = CodecStream(codec, seed=seed)
         self.undelay = UndelayState()
         self.waiting: list[Tensor] = []  # frames [K, m] not yet decoded
+        self.held = torch.zeros(rules.num_codebooks, dtype=torch.long)  # last code of each row
         self.started = False
         spec = codec.spec
         lookahead = codec.context_samples[1] if codec.context_samples else 0
@@ -160,7 +161,7 @@ class Voice:
             codes[None, :, None], self.undelay, delays=self.rules.delays, end=self.rules.vocabulary.end
         )
         if frames.shape[-1]:
-            self.waiting.append(frames[0])
+            self.waiting.append(self._hold(frames[0]) if self.rules.code_rule == "free" else frames[0])
         wanted = self.stride if self.started else self.first_stride
         if sum(part.shape[-1] for part in self.waiting) < wanted:
             return torch.empty(0)
@@ -169,6 +170,15 @@ class Voice:
     def finish(self) -> Tensor:
         """Return the rest of the sound [n]."""
         return torch.cat((self._decode(), self.stream.finish().cpu()))
+
+    def _hold(self, frames: Tensor) -> Tensor:
+        """Frames [K, m] with every mark replaced by the code before it, since codecs know codes only."""
+        codes = []
+        for frame in frames.unbind(dim=-1):
+            is_code = frame < self.rules.vocabulary.codebook_size
+            self.held = torch.where(is_code, frame, self.held.to(frame.device))
+            codes.append(self.held)
+        return torch.stack(codes, dim=-1)
 
     def _decode(self) -> Tensor:
         if not self.waiting:
