@@ -2,14 +2,23 @@
 
     python recipes/prepare.py data/stories --out stories-codes --column audio=audio_out --column text=text_out
     accelerate launch recipes/prepare.py chats.jsonl --out chats-codes --speak audio_out --voice flite:slt
+    python recipes/prepare.py chats.jsonl --out chats-codes --speak audio_out --engine ray --workers 64
 
 The source is a folder or file of audio, JSON lines or parquet, or a data set of the Hub. A killed run goes on
 where it stopped when the same command is run again. Bad rows are listed in quarantine.jsonl; too many of them
 end the run.
+
+With --engine ray the workers of a Ray cluster do the work, each with its own codec and encoder; killed ones
+are replaced. Source, folder and models must be at the same paths on all machines. The files are those of a
+single process, bit for bit, where processors and threads (--worker-cpus, OMP_NUM_THREADS) are alike.
 """
 
 import logging
+import os
 import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, cast, get_args
 
 import torch
@@ -31,12 +40,14 @@ from omni_adapter import SnacCodec
 from omni_adapter.audio.clips import Clips, encoder_mark
 from omni_adapter.config import EncoderPadding, parse
 from omni_adapter.data.prepare import Preparation, PrepareSettings, Totals
+from omni_adapter.data.prepare_ray import Pool, run_on_ray
 from omni_adapter.data.sources import SourceSpec
 from omni_adapter.data.synthesis import make_synthesizer
 from omni_adapter.errors import ConfigError, OmniError
 from omni_adapter.modules.audio_encoder import AudioEncoder
 
 SECONDS_AN_HOUR = 3600
+ENGINES = ("local", "ray")
 
 
 class Encoder:
@@ -61,6 +72,30 @@ def make_encoder(name: str | None, padding: str, device: torch.device) -> Encode
     if padding not in get_args(EncoderPadding):
         raise ConfigError(f"padding must be one of {', '.join(get_args(EncoderPadding))}, got {padding!r}")
     return Encoder(name, padding=cast(EncoderPadding, padding), device=device) if name else None
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is made of what, in plain values that other machines can be sent."""
+
+    spec: SourceSpec
+    out: str
+    settings: PrepareSettings
+    codec: str
+    encoder: str | None
+    padding: str
+    voice: str
+
+    def open(self, device: torch.device) -> Preparation:
+        """Open it, with models on ``device``."""
+        return Preparation(
+            self.spec,
+            self.out,
+            codec=SnacCodec.from_pretrained(self.codec).to(device),
+            settings=self.settings,
+            listener=make_encoder(self.encoder, self.padding, device),
+            synthesizer=make_synthesizer(self.voice, device=device) if self.settings.speak else None,
+        )
 
 
 class Rate(ProgressColumn):
@@ -92,15 +127,26 @@ def prepare(  # noqa: PLR0913 - one option each
     shard_rows: Annotated[int, typer.Option(help="rows of a shard")] = PrepareSettings.shard_rows,
     max_bad: Annotated[float, typer.Option(help="largest share of bad rows")] = PrepareSettings.max_bad,
     max_seconds: Annotated[float, typer.Option(help="longest recording")] = PrepareSettings.max_seconds,
+    engine: Annotated[str, typer.Option(help="local: this process and those beside it; or ray")] = "local",
+    workers: Annotated[int | None, typer.Option(help="ray: workers; all that there is room for")] = None,
+    worker_cpus: Annotated[int | None, typer.Option(help="ray: cores and threads of a worker; 1")] = None,
+    worker_gpus: Annotated[
+        float | None, typer.Option(help="ray: GPUs of a worker, such as 0.5; 1 where there are any")
+    ] = None,
+    ray_address: Annotated[
+        str | None, typer.Option(help="ray: of the cluster; RAY_ADDRESS, or a new one on this machine")
+    ] = None,
 ) -> None:
     """Encode recordings into sharded parquet; speak texts that have none."""
     state = PartialState()
+    asked = {"workers": workers, "cpus": worker_cpus, "gpus": worker_gpus, "address": ray_address}
+    pool = make_pool(engine, {name: value for name, value in asked.items() if value is not None})
     if wrong := [pair for pair in column or () if "=" not in pair]:
         raise ConfigError(f"--column takes theirs=ours, such as audio=audio_out; got {wrong[0]!r}")
     columns = dict(pair.split("=", 1) for pair in column or ())
     spec = parse(
         SourceSpec,
-        {"path": source, "task": task, "columns": columns, "split": split, "limit": limit},
+        {"path": anywhere(source), "task": task, "columns": columns, "split": split, "limit": limit},
         source="command line",
     )
     settings = parse(
@@ -113,27 +159,65 @@ def prepare(  # noqa: PLR0913 - one option each
         },
         source="command line",
     )
-    with state.main_process_first():
-        work = Preparation(
-            spec,
-            out,
-            codec=SnacCodec.from_pretrained(codec).to(state.device),
-            settings=settings,
-            listener=make_encoder(encoder, padding, state.device),
-            synthesizer=make_synthesizer(voice, device=state.device) if speak else None,
-        )
-        pending = work.pending()
-    state.wait_for_everyone()
-    # Every process keeps its share; what one of them loses, the next run makes up for.
-    with state.split_between_processes(pending) as mine:
-        run(work, mine, show=state.is_main_process)
-    state.wait_for_everyone()
+    job = Job(
+        spec, os.path.abspath(out), settings, anywhere(codec), encoder and anywhere(encoder), padding, voice
+    )
+    if pool is not None:
+        if state.num_processes > 1:
+            raise ConfigError(
+                f"--engine ray starts its own workers; run one process, got {state.num_processes}"
+            )
+        work = job.open(torch.device("cpu"))
+
+        def on_ray(shards: Sequence[int], progress: Callable[[int, float], None]) -> None:
+            run_on_ray(work, shards, open_work=job.open, pool=pool, progress=progress)
+
+        run(work, work.pending(), on_ray, show=True)
+    else:
+        with state.main_process_first():
+            work = job.open(state.device)
+            pending = work.pending()
+        state.wait_for_everyone()
+        # Every process keeps its share; what one of them loses, the next run makes up for.
+        with state.split_between_processes(pending) as mine:
+            run(
+                work,
+                mine,
+                lambda shards, progress: work.run(shards, progress=progress),
+                show=state.is_main_process,
+            )
+        state.wait_for_everyone()
     if state.is_main_process:
         report(work.finish(), out)
 
 
-def run(work: Preparation, shards: list[int], *, show: bool) -> None:
-    """Make shards under a bar with rate and time left."""
+def make_pool(engine: str, asked: dict[str, object]) -> Pool | None:
+    """The workers that were asked for; None for the local engine."""
+    if engine not in ENGINES:
+        raise ConfigError(f"--engine must be {' or '.join(ENGINES)}, got {engine!r}")
+    if engine == "ray":
+        return parse(Pool, asked, source="command line")
+    if asked:
+        raise ConfigError(
+            "--workers, --worker-cpus, --worker-gpus and --ray-address belong to --engine ray; "
+            "accelerate launch --num_processes N gives the local engine more processes"
+        )
+    return None
+
+
+def anywhere(name: str) -> str:
+    """A file or folder by its whole path, for processes that start elsewhere; other names as they are."""
+    return os.path.abspath(name) if "*" in name or Path(name).exists() else name
+
+
+def run(
+    work: Preparation,
+    shards: list[int],
+    engine: Callable[[Sequence[int], Callable[[int, float], None]], None],
+    *,
+    show: bool,
+) -> None:
+    """Let an engine make shards under a bar with rate and time left."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -153,7 +237,7 @@ def run(work: Preparation, shards: list[int], *, show: bool) -> None:
             seconds += more
             bar.update(done, advance=rows, hours=seconds / SECONDS_AN_HOUR)
 
-        work.run(shards, progress=advance)
+        engine(shards, advance)
 
 
 def report(totals: Totals, out: str) -> None:
