@@ -410,8 +410,8 @@ def export(
 ) -> None:
     """Write a talker with all its parts into one folder that loads offline.
 
-    Its folders are those of other libraries: base (transformers), lora (PEFT, with --as peft), encoder
-    (transformers), codec (snac); omni_model.safetensors holds what was added.
+    Transformers alone loads base and encoder of it, and PEFT alone loads lora (with --as peft);
+    omni_model.safetensors holds what was added.
     """
     _check_talker_folder(out)
     from omni_adapter.talker import OmniAdapter

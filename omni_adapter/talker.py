@@ -385,10 +385,10 @@ class OmniAdapter:
         self._save(folder, include=include, facts=facts, merged=False)
 
     def export(self, folder: str | Path, *, form: str = "merged", name: str | None = None) -> None:
-        """Write the whole talker into one folder, every part in the form in which its own library loads it.
+        """Write the whole talker into one folder, which loads by itself, offline.
 
-        ``base`` is a causal LM of transformers with its tokenizer, ``encoder`` a Whisper encoder, ``codec`` a
-        SNAC; beside them lie the added weights. The folder loads by itself, offline.
+        ``base`` in it is a plain causal LM of transformers with its tokenizer, ``encoder`` a Whisper encoder;
+        beside them lie the codec and the added weights.
 
         Args:
             folder: made if missing.
