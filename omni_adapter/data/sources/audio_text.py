@@ -1,0 +1,32 @@
+"""Recordings of one's own with what is said in them: to be heard, and to be spoken.
+
+A folder with ``a.wav`` and ``a.txt`` beside it, with a ``metadata.csv`` or ``metadata.jsonl`` that names
+``file_name`` and ``text``, or in the layout of LJ Speech; ``{path: recordings, recipe: audio-text}``.
+
+======= ======= ==================================================================
+id      string  name of the recording in the folder
+audio   string  the same
+text    string  what is said
+======= ======= ==================================================================
+"""
+
+from omni_adapter.data.sources.recipe import READ_SPEECH, Part, Recipe
+
+_TEXT = ("normalized_text", "text", "transcription")
+
+AUDIO_TEXT = Recipe(
+    name="audio-text",
+    hub_id=None,
+    licence="your own",
+    language=None,
+    tasks=("asr", "tts"),
+    columns={
+        **READ_SPEECH,
+        "text_in": _TEXT,
+        "text_out": _TEXT,
+        "id": ("id",),
+        "speaker": ("speaker",),
+        "language": ("language",),
+    },
+    parts={"all": Part()},
+)
