@@ -3,8 +3,10 @@
     python recipes/prepare.py data/stories --out stories-codes --column audio=audio_out --column text=text_out
     accelerate launch recipes/prepare.py chats.jsonl --out chats-codes --speak audio_out --voice flite:slt
     python recipes/prepare.py chats.jsonl --out chats-codes --speak audio_out --engine ray --workers 64
+    python recipes/prepare.py libritts:train.clean.100 --out libritts-codes
 
-The source is a folder or file of audio, JSON lines or parquet, or a data set of the Hub. A killed run goes on
+The source is a published data set by name, a folder or file of audio, JSON lines or parquet, or a data set of
+the Hub. A killed run goes on
 where it stopped when the same command is run again. Bad rows are listed in quarantine.jsonl; too many of them
 end the run.
 
@@ -107,10 +109,13 @@ class Rate(ProgressColumn):
 
 
 def prepare(  # noqa: PLR0913 - one option each
-    source: Annotated[str, typer.Argument(help="file, folder or Hub id")],
+    source: Annotated[str, typer.Argument(help="published data set by name, file, folder or Hub id")],
     out: Annotated[str, typer.Option(help="folder to write")],
     task: Annotated[str | None, typer.Option(help="task that every row must be able to serve")] = None,
     column: Annotated[list[str] | None, typer.Option(help="theirs=ours; repeatable")] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="published data set that the source is a copy of")
+    ] = None,
     codec: Annotated[str, typer.Option(help="codec: Hub id or folder")] = "hubertsiuzdak/snac_24khz",
     encoder: Annotated[
         str | None, typer.Option(help="audio encoder: keep its frames of questions too")
@@ -146,7 +151,14 @@ def prepare(  # noqa: PLR0913 - one option each
     columns = dict(pair.split("=", 1) for pair in column or ())
     spec = parse(
         SourceSpec,
-        {"path": anywhere(source), "task": task, "columns": columns, "split": split, "limit": limit},
+        {
+            "path": anywhere(source),
+            "task": task,
+            "columns": columns,
+            "recipe": recipe,
+            "split": split,
+            "limit": limit,
+        },
         source="command line",
     )
     settings = parse(

@@ -64,6 +64,7 @@ REASONS: Mapping[str, str] = {
     "bad_frames": "frames_in is not what prepare writes",
     "bad_json": "the line is no JSON object",
     "bad_prompt": "the base's chat template refuses the turns",
+    "bad_transcript": "the text that lies beside a recording cannot be read",
     "bad_turns": "turns is not a list of messages with a role and a content",
     "no_audio_in": "the task hears, but the row has no recording of the question",
     "no_audio_out": "the task speaks, but the row has neither codes_out nor audio_out",

@@ -11,7 +11,7 @@ from omni_adapter.config import parse
 from omni_adapter.data.dataset import Mixture
 from omni_adapter.data.layout import TASKS
 from omni_adapter.data.rows import TAUGHT_TASKS, check_columns
-from omni_adapter.data.sources import SourceSpec, open_source
+from omni_adapter.data.sources import SourceSpec, open_source, usual_tasks
 from omni_adapter.errors import ConfigError, DataError
 from omni_adapter.training.loss import LossSettings
 from omni_adapter.training.settings import TrainSettings
@@ -58,7 +58,11 @@ def _specs_by_task(spec: SourceSpec, tasks: Mapping[str, float]) -> list[SourceS
     if "task" in columns:
         return [spec]
     specs, reasons = [], []
+    usual = usual_tasks(spec)
     for task, weight in tasks.items():
+        if usual is not None and task not in usual:
+            reasons.append(f"{spec.path} teaches {', '.join(usual)}, not {task}")
+            continue
         try:
             check_columns(columns, task=task, source=spec.path)
         except DataError as error:
