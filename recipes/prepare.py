@@ -6,9 +6,8 @@
     python recipes/prepare.py libritts:train.clean.100 --out libritts-codes
 
 The source is a published data set by name, a folder or file of audio, JSON lines or parquet, or a data set of
-the Hub. A killed run goes on
-where it stopped when the same command is run again. Bad rows are listed in quarantine.jsonl; too many of them
-end the run.
+the Hub. A killed run goes on where it stopped when the same command is run again. Bad rows are listed in
+quarantine.jsonl; too many of them end the run.
 
 With --engine ray the workers of a Ray cluster do the work, each with its own codec and encoder; killed ones
 are replaced. Source, folder and models must be at the same paths on all machines. The files are those of a
@@ -113,9 +112,7 @@ def prepare(  # noqa: PLR0913 - one option each
     out: Annotated[str, typer.Option(help="folder to write")],
     task: Annotated[str | None, typer.Option(help="task that every row must be able to serve")] = None,
     column: Annotated[list[str] | None, typer.Option(help="theirs=ours; repeatable")] = None,
-    recipe: Annotated[
-        str | None, typer.Option(help="published data set that the source is a copy of")
-    ] = None,
+    recipe: Annotated[str | None, typer.Option(help="published data set that it is a copy of")] = None,
     codec: Annotated[str, typer.Option(help="codec: Hub id or folder")] = "hubertsiuzdak/snac_24khz",
     encoder: Annotated[
         str | None, typer.Option(help="audio encoder: keep its frames of questions too")
