@@ -68,19 +68,25 @@ def num_elements(path: Path) -> int:
         raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
 
 
-def read_torch_file(path: Path) -> Any:
+def read_torch_file(path: Path, *, mapped: bool = False) -> Any:
     """Read a file that ``torch.save`` wrote, tensors and plain containers only; code in it is never run.
+
+    Args:
+        path: the file.
+        mapped: leave the tensors in the file until they are used, where its form allows; it must not change
+            while they live.
 
     Raises:
         CheckpointError: if the file is malformed or compressed, or holds anything else.
     """
     try:
-        if zipfile.is_zipfile(path):
+        is_zip = zipfile.is_zipfile(path)
+        if is_zip:
             with zipfile.ZipFile(path) as archive:
                 # torch stores without compression; a file that inflates is not one of its own.
                 if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
                     raise CheckpointError(f"{path} is compressed, which torch.save never does; not read")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and is_zip)
     except CheckpointError:
         raise
     except Exception as error:  # torch's unpickler raises whatever a broken file leads it into

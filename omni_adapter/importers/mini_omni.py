@@ -355,8 +355,7 @@ def _unfused(fused: Tensor, config: LitConfig) -> tuple[Tensor, Tensor, Tensor]:
     per_group = config.n_head // config.query_groups
     head_size = config.n_embd // config.n_head
     groups = fused.view(config.query_groups, per_group + 2, head_size, *fused.shape[1:])
-    query, key, value = groups.split((per_group, 1, 1), dim=1)
-    return query.flatten(0, 2), key.flatten(0, 2), value.flatten(0, 2)
+    return groups[:, :per_group].flatten(0, 2), groups[:, -2].flatten(0, 1), groups[:, -1].flatten(0, 1)
 
 
 def _settings(config: LitConfig) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from omni_adapter.data.processor import OmniProcessor
 from omni_adapter.errors import CheckpointError, ConfigError
 from omni_adapter.hub import HubOptions
 from omni_adapter.hub.options import HUB_ERRORS, unreachable
+from omni_adapter.model_card import CARD_FILE, read_license
 from omni_adapter.talker import OmniAdapter
 from omni_adapter.tensor_files import check_shapes
 
@@ -106,17 +107,20 @@ def run_importer(importer: Importer, source: str | Path, *, options: ImportOptio
     return importer.read(_fetch(str(source), importer.files, options.hub), options=options)
 
 
-def keep_inside(talker: OmniAdapter, parts: Mapping[str, str | None]) -> OmniAdapter:
+def keep_inside(talker: OmniAdapter, parts: Collection[str], *, source: Source) -> OmniAdapter:
     """Return the talker with ``parts`` marked as its own: saving it writes them beside the added weights.
 
     Args:
-        talker: stays usable.
-        parts: base, encoder or codec, with the Hub id that it came from, if it has one.
+        talker: not to be used any more.
+        parts: base, encoder or codec, as far as they came with the checkpoint.
+        source: the checkpoint; the licence that its card states is the base's.
     """
     inside: dict[str, PartRef] = {
-        part: replace(getattr(talker.config, part), id=f"./{part}", origin=origin)
-        for part, origin in parts.items()
+        part: replace(getattr(talker.config, part), id=f"./{part}", origin=source.hub_id) for part in parts
     }
+    card = source.path / CARD_FILE
+    if "base" in inside and card.is_file():
+        inside["base"] = replace(inside["base"], license=read_license(card))
     config: OmniConfig = replace(talker.config, **inside)  # type: ignore[arg-type]
     talker.model.config = config
     processor = OmniProcessor(talker.tokenizer, talker.processor.log_mel, config=config)
