@@ -22,6 +22,8 @@ NotNegative = Annotated[int, Field(ge=0)]
 Fusion = Literal["add", "mean"]
 PromptFormat = Literal["chat", "mini_omni"]
 EncoderPadding = Literal["true_length", "window", "mini_omni"]
+Activation = Literal["swiglu", "relu", "gelu", "silu"]
+AdapterNorm = Literal["in", "hidden", "out"]
 TtsInit = Literal["identity", "scaled"]
 TtsInput = Literal["after_norm", "before_norm"]
 CodeRule = Literal["delayed", "free"]
@@ -93,15 +95,27 @@ SNAC_24KHZ = CodecSpec(sampling_rate=24_000, hop_length=512, level_strides=(4, 2
 
 @dataclass(frozen=True, config=_STRICT)
 class AudioAdapterConfig:
-    """The SwiGLU that takes encoder frames to the LM's width (Mini-Omni's ``llamamlp`` adapter).
+    """What takes encoder frames to the LM's width; by default the SwiGLU of Mini-Omni (its ``llamamlp``).
 
     Args:
         stack: encoder frames joined into one LM step; 1 is the paper's.
-        hidden_width: width of the SwiGLU's inside; None takes 16/3 of the LM's width.
+        hidden_width: width of its inside; None takes 16/3 of the LM's width.
+        activation: ``swiglu``, with a gate; or ``relu``, ``gelu`` or ``silu``, an MLP of two layers.
+        bias: give the linear layers biases.
+        norms: RMS norms, on the stacked frames (``in``), inside (``hidden``), on the embeddings (``out``).
+        norm_eps: epsilon of the RMS norms.
     """
 
     stack: Positive = 1
     hidden_width: Positive | None = None
+    activation: Activation = "swiglu"
+    bias: bool = False
+    norms: tuple[AdapterNorm, ...] = ()
+    norm_eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        if len(set(self.norms)) != len(self.norms):
+            raise ValueError(f"norms must name each place once, got {self.norms}")
 
 
 @dataclass(frozen=True, config=_STRICT)

@@ -87,8 +87,8 @@ class OmniModel(nn.Module):
             in_width=config.encoder_width,
             out_width=config.width,
             hidden_width=config.audio_adapter.hidden_width or round_up(config.width * 16 // 3),
-            stack=config.audio_adapter.stack,
             rms=backbone.embedding_rms,
+            config=config.audio_adapter,
         )
         self.code_embedding = CodeEmbedding(
             num_codebooks=rows,

@@ -79,7 +79,7 @@ def test_steps_of_a_recording_are_known_before_it_is_encoded(talker, num_samples
     windows = processor.log_mel.windows(torch.randn(num_samples) * 0.1, padding="true_length")
     clips = Clips.of([windows])
     _, lengths = talker.model.audio_encoder(clips.features, clips.lengths)
-    adapter = AudioAdapter(in_width=4, out_width=4, hidden_width=4, stack=stack, rms=1)
+    adapter = AudioAdapter(in_width=4, out_width=4, hidden_width=4, rms=1, config=config.audio_adapter)
     assert processor.num_steps(num_samples) == adapter.num_steps(int(lengths.sum()))
 
 
