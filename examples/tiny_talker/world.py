@@ -6,13 +6,13 @@ wordings, one in ten held out. Knows nothing of speech, tokenizers or models.
     python examples/tiny_talker/world.py        # prints how many there are of each kind
 
 Texts are lower case without punctuation, numbers are words. A *pair* is what a question combines: the two
-numbers of a sum, a country and the wrong city beside the right one, a name and a feeling. Held out is the pair,
-so that training meets it in no wording and no order, neither as a question nor as an earlier turn. The facts
-that an answer needs are all in training: "what is the capital of france" is, "is the capital of france paris or
-rome" may be held out.
+numbers of a sum, a country and the wrong city beside the right one, a name and a feeling. Held out is the
+pair, so that training meets it in no wording and no order, neither as a question nor as an earlier turn. The
+facts that an answer needs are all in training: "what is the capital of france" is, "is the capital of france
+paris or rome" may be held out.
 
-No two words sound the same, and letters are spelled only where their names are far apart ("b" and "d" are not):
-replies are judged by ear.
+No two words sound the same, and letters are spelled only where their names are far apart ("b" and "d" are
+not): replies are judged by ear.
 """
 
 import hashlib
@@ -30,6 +30,8 @@ HELD_OUT = 0.1
 """Share of the pairs of each kind."""
 
 Split = Literal["train", "heldout"]
+
+SPLITS: tuple[Split, ...] = ("train", "heldout")
 
 _T = TypeVar("_T")
 
@@ -544,7 +546,7 @@ def _texts(record: Record) -> tuple[str, ...]:
 
 @cache
 def sentences() -> tuple[str, ...]:
-    """Return every text of training once, in a mixed order: what a voice of this world should be able to say."""
+    """Return every text of training once, in a mixed order: what a voice of this world has to say."""
     return tuple(_shuffled({text for record in records("train") for text in _texts(record)}, "sentences"))
 
 
