@@ -21,7 +21,6 @@ import argparse
 import hashlib
 import json
 import os
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -29,9 +28,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import soundfile
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
 import voices
 import world
 
