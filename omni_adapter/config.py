@@ -20,8 +20,8 @@ Json = str | int | float | bool | None | list[Any] | dict[str, Any]
 Positive = Annotated[int, Field(ge=1)]
 NotNegative = Annotated[int, Field(ge=0)]
 Fusion = Literal["add", "mean"]
-PromptFormat = Literal["chat", "mini_omni"]
-EncoderPadding = Literal["true_length", "window", "mini_omni"]
+PromptFormat = Literal["chat", "mini_omni", "slam_omni"]
+EncoderPadding = Literal["true_length", "window", "whole_window", "mini_omni"]
 Activation = Literal["swiglu", "relu", "gelu", "silu"]
 AdapterNorm = Literal["in", "hidden", "out"]
 TtsInit = Literal["identity", "scaled"]
@@ -194,11 +194,12 @@ class OmniConfig:
         text_end_ids: ids that end a text answer; the first is the one that is trained on.
         fusion: ``add`` keeps the base's text path exact; ``mean`` is the original's average over all streams.
         prompt_format: ``chat`` uses the base's chat template; ``mini_omni`` the original's layouts and text
-            marks.
-        text_marks: ids of the text marks, with ``prompt_format="mini_omni"`` only.
+            marks; ``slam_omni`` those of SLAM-Omni in Mini-Omni mode.
+        text_marks: ids of the text marks, with every ``prompt_format`` but ``chat``.
+        recording_marks: with ``prompt_format="chat"``, open and close each recording by a step of its own.
         encoder_padding: ``true_length`` encodes only what was said; ``window`` pads to the encoder's full
-            window; ``mini_omni`` does so too and counts frames as the original does, one more where a
-            recording ends with a frame.
+            window and drops the silence again; ``whole_window`` keeps it; ``mini_omni`` drops it and counts
+            frames as the original does, one more where a recording ends with a frame.
         audio_adapter: settings of the audio adapter.
         tts: settings of the TTS blocks.
         delay: the delay pattern.
@@ -219,6 +220,7 @@ class OmniConfig:
     fusion: Fusion = "add"
     prompt_format: PromptFormat = "chat"
     text_marks: TextMarks | None = None
+    recording_marks: bool = True
     encoder_padding: EncoderPadding = "true_length"
     audio_adapter: AudioAdapterConfig = AudioAdapterConfig()
     tts: TtsConfig = TtsConfig()
@@ -229,8 +231,10 @@ class OmniConfig:
     def __post_init__(self) -> None:
         if not self.text_end_ids:
             raise ValueError("text_end_ids must name at least one id that ends a text answer")
-        if (self.prompt_format == "mini_omni") != (self.text_marks is not None):
-            raise ValueError('text_marks go with prompt_format="mini_omni", and only with it')
+        if (self.prompt_format == "chat") != (self.text_marks is None):
+            raise ValueError('text_marks go with every prompt_format but "chat", and only with those')
+        if self.prompt_format != "chat" and not self.recording_marks:
+            raise ValueError('only prompt_format="chat" can do without recording_marks')
         self.delay.delays(self.codec_spec.num_codebooks)
 
     @property

@@ -69,7 +69,7 @@ class CodeVocabulary:
 
 @dataclass(frozen=True)
 class TextMarks:
-    """Ids of the text marks of checkpoints that were trained with them (``prompt_format="mini_omni"``)."""
+    """Ids of the text marks of checkpoints trained with them (``prompt_format`` other than ``chat``)."""
 
     end: int
     pad: int

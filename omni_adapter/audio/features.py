@@ -99,10 +99,15 @@ class LogMel:
         self._extractor.save_pretrained(str(folder))
 
     def num_frames(self, num_samples: int, *, padding: EncoderPadding = "true_length") -> list[int]:
-        """Return the feature frames of each window of a recording of ``num_samples``, silence not counted."""
+        """Return the feature frames of each window of a recording of ``num_samples``.
+
+        The silence that fills up the last window counts only with ``whole_window``.
+        """
         full_windows, rest = divmod(num_samples, self.window_samples)
         if padding == "mini_omni":  # the frame that begins where the recording ends is counted as well
             frames = min(rest // self.hop_length + 1, self.window_frames)
+        elif padding == "whole_window":
+            frames = self.window_frames
         else:
             frames = -(-rest // self.hop_length)
         return [self.window_frames] * full_windows + ([frames] if rest else [])
@@ -113,8 +118,8 @@ class LogMel:
         Args:
             waveform: float samples in -1..1 at ``sampling_rate``, [N].
             padding: ``true_length`` for the frames that cover the recording; ``window`` for as many as a full
-                window has, the rest silence, as Whisper was trained; ``mini_omni`` likewise, with its own
-                count of frames. Their common frames are the same.
+                window has, the rest silence, as Whisper was trained; ``whole_window`` and ``mini_omni``
+                likewise, with other counts of frames. Their common frames are the same.
 
         Returns:
             One entry for each window of ``window_samples``, in order; the last may be shorter.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from omni_adapter.audio.delay import delay_codes
-from omni_adapter.config import CodeRule, OmniConfig
+from omni_adapter.config import CodeRule, OmniConfig, PromptFormat
 from omni_adapter.errors import CodeGridError, PromptError
 from omni_adapter.vocab import IGNORE_INDEX, NO_TEXT, CodeVocabulary, TextMarks
 
@@ -110,6 +110,8 @@ class GridRules:
         text_end_id: id that ends the answer's text.
         text_marks: ids of text marks where the checkpoint was trained with the original's layouts, else None.
         code_rule: what the code rows may write, see :class:`OmniConfig`.
+        prompt_format: how prompts are laid out, see :class:`OmniConfig`.
+        recording_marks: open and close each recording of a chat by a step of its own.
     """
 
     vocabulary: CodeVocabulary
@@ -117,12 +119,20 @@ class GridRules:
     text_end_id: int
     text_marks: TextMarks | None = None
     code_rule: CodeRule = "delayed"
+    prompt_format: PromptFormat = "chat"
+    recording_marks: bool = True
 
     @classmethod
     def of(cls, config: OmniConfig) -> "GridRules":
         """Return the rules of a saved talker."""
         return cls(
-            config.vocabulary, config.delays, config.text_end_ids[0], config.text_marks, config.code_rule
+            config.vocabulary,
+            config.delays,
+            config.text_end_ids[0],
+            config.text_marks,
+            config.code_rule,
+            config.prompt_format,
+            config.recording_marks,
         )
 
     @property
@@ -134,6 +144,11 @@ class GridRules:
     def no_text(self) -> int:
         """What the text row holds at steps without text."""
         return self.text_marks.pad if self.text_marks else NO_TEXT
+
+    @property
+    def silent_mark(self) -> int:
+        """What the code rows hold at the prompt's last step where another row of the batch speaks for it."""
+        return self.vocabulary.answer if self.prompt_format == "slam_omni" else self.vocabulary.pad
 
 
 class _Columns:
@@ -188,7 +203,9 @@ def lay_out(
     """
     spec = get_task(task)
     columns = _Columns(rules)
-    if rules.text_marks:
+    if rules.text_marks and rules.prompt_format == "slam_omni":
+        _add_slam_prompt(columns, segments, marks=rules.text_marks)
+    elif rules.text_marks:
         _add_original_prompt(columns, segments, task=task, marks=rules.text_marks)
     else:
         _add_chat_prompt(columns, segments, mark=rules.vocabulary.mark(spec.mark))
@@ -211,10 +228,12 @@ def _add_chat_prompt(columns: _Columns, segments: Sequence[TextSegment | AudioSe
     for segment in segments:
         if isinstance(segment, TextSegment):
             columns.add_text(segment.ids)
-        else:
+        elif columns.rules.recording_marks:
             columns.add(text=NO_TEXT, code=vocabulary.input)
             columns.add_audio(segment.num_steps)
             columns.add(text=NO_TEXT, code=vocabulary.end)
+        else:
+            columns.add_audio(segment.num_steps)
     if not columns.text:
         raise PromptError("the prompt is empty: no text and no recording")
     if columns.text[-1] == NO_TEXT:
@@ -238,6 +257,28 @@ def _add_original_prompt(
         text=marks.asr if task == "asr" else marks.answer,
         code=vocabulary.answer if spec.speaks else vocabulary.pad,
     )
+
+
+def _add_slam_prompt(
+    columns: _Columns, segments: Sequence[TextSegment | AudioSegment], *, marks: TextMarks
+) -> None:
+    """The layouts of SLAM-Omni in Mini-Omni mode: first what the model is told, then the question.
+
+    The code rows frame a written question as they do a recording, and ask every task's answer by one mark.
+    """
+    vocabulary = columns.rules.vocabulary
+    told, *asked = segments
+    if not isinstance(told, TextSegment):
+        raise PromptError("the first segment of this layout is text: what the model is told")
+    columns.add_text((marks.input, *told.ids, marks.end))
+    for segment in asked:
+        columns.add(text=marks.input, code=vocabulary.input)
+        if isinstance(segment, TextSegment):
+            columns.add_text(segment.ids)
+        else:
+            columns.add_audio(segment.num_steps)
+        columns.add(text=marks.end, code=vocabulary.end)
+    columns.add(text=marks.answer, code=vocabulary.answer)
 
 
 def _answer_grid(answer: Answer, *, spec: Task, rules: GridRules) -> tuple[Tensor, Tensor]:

@@ -26,6 +26,13 @@ PLAIN_TEMPLATE = (
 )
 """What stands in for a chat template where the base has none."""
 
+SLAM_SYSTEM: Mapping[str, str] = {
+    "asr": "Transcribe the provided audio into accurate text. ",
+    "tts": "Generate a natural and expressive spoken version of the given text. ",
+    "speech_to_speech": "Conduct a spoken conversation with the user. ",
+}
+"""What checkpoints of SLAM-Omni were told in training, by task; the others are told the last."""
+
 Message = Mapping[str, Any]
 
 
@@ -80,6 +87,8 @@ class OmniProcessor:
             # The text is the answer. Shown in the prompt too, it would teach a voice that looks ahead, which
             # no spoken answer can.
             messages = [*_without_last_user(messages), {"role": "user", "content": ""}]
+        if self.config.prompt_format == "slam_omni":
+            messages = _with_system(messages, SLAM_SYSTEM.get(task, SLAM_SYSTEM["speech_to_speech"]))
         segments, sounds = self.apply_chat_template(messages, tools=tools)
         if spec.hears and not sounds:
             raise PromptError(
@@ -106,21 +115,23 @@ class OmniProcessor:
         placeholder = _placeholder(messages)
         sources: list[AudioSource | Frames] = []
         flat = [_flatten(message, sources, placeholder) for message in messages]
-        text = self._render(flat, tools=tools)
-        sounds = [self._read(source) for source in sources]
-        pieces = text.split(placeholder)
-        if len(pieces) != len(sources) + 1:
+        texts = self._render(flat, tools=tools)
+        kept = sum(text.count(placeholder) for text in texts)
+        if kept != len(sources) or (len(texts) > 1 and placeholder in texts[0]):
             raise PromptError(
-                f"the base's chat template kept {len(pieces) - 1} of {len(sources)} recordings; it may "
+                f"the base's chat template kept {kept} of {len(sources)} recordings; it may "
                 "drop or repeat the content of some roles; put recordings into user turns"
             )
+        sounds = [self._read(source) for source in sources]
+        steps = iter([self._steps_of(sound) for sound in sounds])
         segments: list[TextSegment | AudioSegment] = []
-        for index, piece in enumerate(pieces):
-            if index:
-                segments.append(AudioSegment(self._steps_of(sounds[index - 1])))
-            ids = tuple(self.tokenizer(piece, add_special_tokens=False)["input_ids"])
-            if ids:
-                segments.append(TextSegment(ids))
+        for text in texts:
+            for index, piece in enumerate(text.split(placeholder)):
+                if index:
+                    segments.append(AudioSegment(next(steps)))
+                ids = tuple(self.tokenizer(piece, add_special_tokens=False)["input_ids"])
+                if ids:
+                    segments.append(TextSegment(ids))
         return segments, sounds
 
     def num_steps(self, num_samples: int) -> int:
@@ -156,11 +167,15 @@ class OmniProcessor:
             return sound
         return self.log_mel.windows(sound, padding=self.config.encoder_padding)
 
-    def _render(self, messages: list[dict[str, Any]], *, tools: Sequence[Mapping[str, Any]] | None) -> str:
-        """The prompt as text, special tokens included."""
+    def _render(
+        self, messages: list[dict[str, Any]], *, tools: Sequence[Mapping[str, Any]] | None
+    ) -> list[str]:
+        """The prompt as text, special tokens included, in the pieces that stand apart on the grid."""
+        if self.config.prompt_format == "slam_omni":
+            return _slam_texts(messages)
         if self.rules.text_marks:
-            return "".join(message["content"] for message in messages)
-        return render_chat(self.tokenizer, messages, tools=tools, add_generation_prompt=True)
+            return ["".join(message["content"] for message in messages)]
+        return [render_chat(self.tokenizer, messages, tools=tools, add_generation_prompt=True)]
 
 
 def render_chat(
@@ -241,6 +256,23 @@ def _first_token(tokenizer: Any) -> str:
 def _without_last_user(messages: Sequence[Message]) -> list[Message]:
     """Earlier turns: the text of the last user turn is what is to be read out, so it becomes the answer."""
     return list(messages[:-1]) if messages and messages[-1]["role"] == "user" else list(messages)
+
+
+def _with_system(messages: Sequence[Message], text: str) -> list[Message]:
+    """The messages after a system prompt, unless they have one."""
+    has_system = any(message["role"] == "system" for message in messages)
+    return [*messages] if has_system else [{"role": "system", "content": text}, *messages]
+
+
+def _slam_texts(messages: Sequence[Message]) -> list[str]:
+    """What SLAM-Omni is told, earlier turns included, and the last user's turn."""
+    *before, question = messages
+    told = "".join(f"<SYSTEM>: {turn['content']}\n " for turn in before if turn["role"] == "system")
+    names = {"user": "<USER>: ", "assistant": "<ASSISTANT>: "}
+    history = " ".join(
+        names[turn["role"]] + turn["content"].strip() for turn in before if turn["role"] in names
+    )
+    return [told + (f"{history}\n " if history else ""), question["content"]]
 
 
 def _placeholder(messages: Sequence[Message]) -> str:

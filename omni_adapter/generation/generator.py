@@ -246,7 +246,7 @@ class Decoder:
         state.rows += [Row(index, "text") for index in range(count)]
         state.attention_mask = mask[twice] if mask is not None else None
         last = batch.grid[:, :, -1:][twice]  # [2B, K + 1, 1]
-        last[count:, :-1] = self.rules.vocabulary.pad
+        last[count:, :-1] = self.rules.silent_mark
         last_positions = positions[:, -1:][twice] if positions is not None else None
         self._read(state, self.model.embed(last), state.attention_mask, last_positions)
         return state

@@ -1,5 +1,7 @@
 """Grids are written out as tables here: what one reads in the paper's figures 2 and 4."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -15,6 +17,7 @@ MARKED = GridRules(
     text_end_id=800,
     text_marks=TextMarks(end=800, pad=801, input=802, answer=803, asr=804),
 )
+SLAM = replace(MARKED, prompt_format="slam_omni")
 SIGNS = {
     VOCABULARY.end: "E", VOCABULARY.pad: ".", VOCABULARY.input: "I", VOCABULARY.answer: "A",
     VOCABULARY.asr: "R", NO_TEXT: "-", IGNORE_INDEX: "_", 800: "e", 801: "p", 802: "i", 803: "a", 804: "r",
@@ -150,3 +153,31 @@ def test_unknown_task_and_empty_prompt_are_refused():
         lay_out(READ, task="sing", rules=RULES)
     with pytest.raises(PromptError, match="the prompt is empty"):
         lay_out([], task="asr", rules=RULES)
+
+
+@pytest.mark.parametrize("task", ["speech_to_speech", "asr", "speech_to_text"])
+def test_slam_omni_tells_first_and_asks_for_every_answer_by_one_mark(task):
+    told = [TextSegment((5, 6)), AudioSegment(2)]
+    layout = lay_out(told, task=task, rules=SLAM)
+    assert table(layout.grid) == [*[". . . . I . . E A"] * 3, "i 5 6 e i p p e a"]
+    assert layout.spans == ((5, 2),)
+    assert SLAM.silent_mark == VOCABULARY.answer
+
+
+def test_slam_omni_frames_a_written_question_as_it_does_a_recording():
+    layout = lay_out([TextSegment((5,)), TextSegment((6, 7))], task="tts", rules=SLAM, answer=SPOKEN)
+    assert table(layout.grid) == [
+        ". . . I . . E A . 10 11 E . .",
+        ". . . I . . E A . . 20 21 E .",
+        ". . . I . . E A . . . 30 31 E",
+        "i 5 e i 6 7 e a 1 2 e p p p",
+    ]
+    with pytest.raises(PromptError, match="first segment of this layout is text: what the model is told"):
+        lay_out([AudioSegment(2)], task="asr", rules=SLAM)
+
+
+def test_recordings_without_marks_stand_between_the_words():
+    rules = replace(RULES, recording_marks=False)
+    layout = lay_out(HEARD, task="speech_to_text", rules=rules)
+    assert table(layout.grid) == [*[". . . . ."] * 3, "5 - - 6 7"]
+    assert layout.spans == ((1, 2),)
