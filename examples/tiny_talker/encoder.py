@@ -1,0 +1,367 @@
+"""Train the tiny talker's audio encoder: a small Whisper encoder that can write down its world's speech.
+
+    python examples/tiny_talker/encoder.py --world build/tiny/world --out build/tiny/encoder
+
+Rows of ``WORLD`` -> an encoder that ``AudioEncoder.from_pretrained(OUT)`` loads. Knows nothing of language
+models or codecs. The same command goes on after a stop, from the state in ``OUT-training``.
+
+It learns letters from its last frames with the CTC loss (Graves et al. 2006), through the very classes that
+hear for a talker, so that recordings are as long as they are here too. The layer that reads the letters is
+not kept. Speed, voice and channel are varied in the features (SpecAugment, Park et al. 2019, and stretched
+axes).
+"""
+
+import argparse
+import copy
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import WhisperConfig
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+from omni_adapter.audio.features import LogMel
+from omni_adapter.audio.waveform import read_waveform
+from omni_adapter.modules.audio_encoder import AudioEncoder
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from part_training import PartTrainer, Schedule, pick_device, step_generator, training_folder
+
+SIZES = {
+    "num_mel_bins": 80,
+    "d_model": 192,
+    "encoder_layers": 4,
+    "encoder_attention_heads": 4,
+    "encoder_ffn_dim": 768,
+    "max_source_positions": 1500,
+}
+
+SCHEDULE = Schedule(
+    num_steps=4000, learning_rate=1.5e-3, warmup_steps=200, weight_decay=0.01, check_every=250
+)
+BATCH_SIZE = 32
+
+LETTERS = " abcdefghijklmnopqrstuvwxyz"
+"""What is written down; id 0 is CTC's blank, so the first letter has id 1."""
+
+EARLY_WEIGHT = 0.3
+"""How much the letters that are read from half-way up count in the loss, beside those of the last frames."""
+
+_GROUP = 16  # batches that are drawn together and sorted by length
+_CHECKED = 200  # recordings of each held-out set that are judged on the way
+
+
+class Clip(NamedTuple):
+    """A recording and what it says."""
+
+    path: Path
+    text: str
+
+
+def make_encoder(*, seed: int = 0, **sizes: int) -> AudioEncoder:
+    """An untrained encoder that can learn, the same one for the same seed."""
+    config = WhisperConfig(
+        **(SIZES | sizes),
+        dropout=0.0,
+        vocab_size=64,
+        decoder_layers=1,
+        decoder_attention_heads=1,
+        decoder_ffn_dim=1,
+        max_target_positions=8,
+        pad_token_id=0,
+        bos_token_id=0,
+        eos_token_id=0,
+        decoder_start_token_id=0,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        encoder = AudioEncoder(WhisperEncoder(config))
+    encoder.encoder.set_attn_implementation("eager")  # the quickest for recordings as short as these
+    encoder.encoder.requires_grad_(True)
+    encoder.encoder.embed_positions.requires_grad_(False)
+    return encoder
+
+
+class LetterReader(nn.Module):
+    """The encoder, and what reads letters from its frames half-way up and at the end.
+
+    Args:
+        encoder: the encoder.
+    """
+
+    def __init__(self, encoder: AudioEncoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.early_norm = nn.LayerNorm(encoder.width)
+        self.early_letters = nn.Linear(encoder.width, len(LETTERS) + 1)
+        self.letters = nn.Linear(encoder.width, len(LETTERS) + 1)
+        layers = encoder.encoder.layers
+        layers[(len(layers) - 1) // 2].register_forward_hook(self._keep)
+        self._early: Tensor | None = None
+
+    def _keep(self, _module: nn.Module, _inputs: object, output: Tensor) -> None:
+        self._early = output
+
+    def forward(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return scores of letters at the end and half-way up, [B, A', L], and numbers of frames [B]."""
+        frames, steps = self.encoder(features, lengths)
+        assert self._early is not None
+        early = self.early_letters(self.early_norm(self._early[:, : frames.shape[1]]))
+        self._early = None
+        return self.letters(frames), early, steps
+
+
+@dataclass
+class Clips:
+    """Recordings with their features, each of which is computed when it is first asked for.
+
+    Attributes:
+        clips: the recordings.
+        log_mel: makes the features.
+    """
+
+    clips: Sequence[Clip]
+    log_mel: LogMel
+    _features: dict[int, Tensor] = field(default_factory=dict)
+
+    def features(self, index: int) -> Tensor:
+        """Return the features of a recording, [M, F] in half precision."""
+        if index not in self._features:
+            waveform = read_waveform(self.clips[index].path, sampling_rate=self.log_mel.sampling_rate)
+            self._features[index] = self.log_mel.windows(waveform)[0].values.half()
+        return self._features[index]
+
+
+class Batch(NamedTuple):
+    """Recordings side by side."""
+
+    features: Tensor  # [B, M, F]
+    lengths: Tensor  # int64 [B]
+    letters: Tensor  # int64 [sum of num_letters]
+    num_letters: Tensor  # int64 [B]
+
+
+def make_batch(clips: Clips, indices: Sequence[int]) -> Batch:
+    """Put recordings side by side, silence after the shorter ones."""
+    features = [clips.features(index).float() for index in indices]
+    letters = [letter_ids(clips.clips[index].text) for index in indices]
+    lengths = torch.tensor([values.shape[1] for values in features])
+    longest = int(lengths.max())
+    padded = torch.stack([F.pad(values, (0, longest - values.shape[1])) for values in features])
+    return Batch(padded, lengths, torch.cat(letters), torch.tensor([len(ids) for ids in letters]))
+
+
+def letter_ids(text: str) -> Tensor:
+    """Write a text as ids of ``LETTERS``, counted from 1."""
+    return torch.tensor([LETTERS.index(letter) + 1 for letter in text])
+
+
+def vary(batch: Batch, chance: torch.Generator) -> Batch:
+    """Change speed, voice and channel of a batch's features, and mask some of them."""
+
+    def draw(low: float, high: float, *shape: int) -> Tensor:
+        return torch.rand(len(batch.lengths), *shape, generator=chance) * (high - low) + low
+
+    size, num_bins, num_frames = batch.features.shape
+    speed, voice = draw(0.87, 1.15), draw(0.88, 1.13)
+    lengths = (batch.lengths / speed).long().clamp(min=1)
+    longest = int(lengths.max())
+    # Where each new value is read from, in the units of grid_sample: -1 and 1 are the borders.
+    x = (torch.arange(longest) + 0.5) * speed[:, None] * 2 / num_frames - 1
+    y = ((torch.arange(num_bins) + 0.5) * voice[:, None] * 2 / num_bins - 1).clamp(max=1)
+    grid = torch.stack(
+        (x[:, None].expand(size, num_bins, longest), y[..., None].expand(size, num_bins, longest)), dim=-1
+    )
+    features = F.grid_sample(batch.features[:, None], grid, padding_mode="border", align_corners=False)[:, 0]
+    waves = torch.cos(torch.arange(3)[:, None] * torch.arange(num_bins) / num_bins * torch.pi)  # [3, M]
+    features = features + (draw(-0.12, 0.12, 3) @ waves)[..., None]
+    for axis, (most, masks) in enumerate(((12, 2), (14, 2))):
+        positions = torch.arange(features.shape[1 + axis])
+        limit = lengths if axis else torch.full((size,), num_bins)
+        for _ in range(masks):
+            width = draw(0, most)
+            start = draw(0, 1) * (limit - width).clamp(min=0)
+            masked = (positions >= start[:, None]) & (positions < (start + width)[:, None])
+            features = features.masked_fill(masked[:, None] if axis else masked[..., None], 0.0)
+    return batch._replace(features=features, lengths=lengths)
+
+
+@dataclass
+class EncoderTraining:
+    """What one step of training needs.
+
+    Attributes:
+        reader: what learns.
+        clips: what it hears.
+        batch_size: recordings a step.
+        seed: decides which recordings a step takes and how they are varied.
+    """
+
+    reader: LetterReader
+    clips: Clips
+    batch_size: int = BATCH_SIZE
+    seed: int = 0
+
+    def batch(self, step: int) -> Batch:
+        """Return the recordings of a step: of a group that is drawn at once, those of about one length."""
+        chance = step_generator(self.seed, step // _GROUP)
+        drawn = torch.randint(len(self.clips.clips), (_GROUP * self.batch_size,), generator=chance).tolist()
+        drawn.sort(key=lambda index: len(self.clips.clips[index].text))
+        part = int(torch.randperm(_GROUP, generator=chance)[step % _GROUP]) * self.batch_size
+        batch = make_batch(self.clips, drawn[part : part + self.batch_size])
+        return vary(batch, step_generator(self.seed + 1, step))
+
+    def loss(self, step: int) -> Tensor:
+        """Return the CTC loss of a step."""
+        batch = self.batch(step)
+        device = next(self.reader.parameters()).device
+        with torch.autocast(device.type, torch.bfloat16):
+            *scores, steps = self.reader(batch.features.to(device), batch.lengths.to(device))
+        last, early = (
+            F.ctc_loss(
+                score.float().log_softmax(-1).transpose(0, 1).cpu(),
+                batch.letters,
+                steps.cpu(),
+                batch.num_letters,
+                zero_infinity=True,
+            )
+            for score in scores
+        )
+        return (last + EARLY_WEIGHT * early) / (1 + EARLY_WEIGHT)
+
+
+@torch.no_grad()
+def transcribe(reader: LetterReader, clips: Clips, *, batch_size: int = 64) -> list[str]:
+    """Write down recordings: the likeliest letter of every frame, repetitions and blanks left out."""
+    order = sorted(range(len(clips.clips)), key=lambda index: len(clips.clips[index].text))
+    texts = [""] * len(order)
+    device = next(reader.parameters()).device
+    for start in range(0, len(order), batch_size):
+        part = order[start : start + batch_size]
+        batch = make_batch(clips, part)
+        scores, _, steps = reader(batch.features.to(device), batch.lengths.to(device))
+        for index, ids, length in zip(part, scores.argmax(-1), steps.tolist(), strict=True):
+            kept = torch.unique_consecutive(ids[:length]).tolist()
+            texts[index] = "".join(LETTERS[letter - 1] for letter in kept if letter)
+    return texts
+
+
+def word_error_rate(said: Sequence[str], heard: Sequence[str]) -> float:
+    """Return the words that were inserted, left out or replaced, for each word that was said."""
+    pairs = [(a.split(), b.split()) for a, b in zip(said, heard, strict=True)]
+    return sum(_distance(a, b) for a, b in pairs) / sum(len(a) for a, _ in pairs)
+
+
+def _distance(a: Sequence[str], b: Sequence[str]) -> int:
+    """Levenshtein distance of two lists of words."""
+    row = list(range(len(b) + 1))
+    for i, word in enumerate(a, start=1):
+        previous, row[0] = row[0], i
+        for j, other in enumerate(b, start=1):
+            previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (word != other))
+    return row[-1]
+
+
+def judge(reader: LetterReader, sets: Mapping[str, Clips]) -> dict[str, float]:
+    """Return the word error rate of each set."""
+    return {
+        name: word_error_rate([clip.text for clip in clips.clips], transcribe(reader, clips))
+        for name, clips in sets.items()
+    }
+
+
+def read_clips(rows: Path) -> list[Clip]:
+    """Read which recordings a file of rows names, and what they say."""
+    found = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()]
+    return [Clip(rows.parent / row["audio_in"], row["text_in"]) for row in found]
+
+
+def save_encoder(reader: LetterReader, folder: Path) -> LetterReader:
+    """Write the encoder; return a copy that hears as what was written does.
+
+    Weights are rounded to half precision, so that it makes no difference whether they are shipped like that.
+    """
+    rounded = copy.deepcopy(reader)
+    with torch.no_grad():
+        for parameter in rounded.encoder.parameters():
+            parameter.copy_(parameter.half().to(parameter.dtype))
+    rounded.encoder.save_pretrained(folder)
+    return rounded
+
+
+def train_encoder(
+    world: Path,
+    out: Path,
+    *,
+    schedule: Schedule = SCHEDULE,
+    device: str = "cpu",
+    seed: int = 0,
+    until: int | None = None,
+) -> dict[str, float]:
+    """Train, or go on with training, and write the encoder.
+
+    Args:
+        world: folder with ``rows_train.jsonl`` and, of seen and unseen voices, ``rows_heldout_*.jsonl``.
+        out: folder to write to once training is over. What is needed to go on is in ``OUT-training``.
+        schedule: how long and how fast.
+        device: where to train.
+        seed: of weights, batches and variations.
+        until: stop before this step, for the next run to go on.
+
+    Returns:
+        Word error rate on held-out questions in seen and in unseen voices, greedy CTC.
+    """
+    reader = LetterReader(make_encoder(seed=seed)).to(pick_device(device))
+    log_mel = reader.encoder.log_mel()
+    clips = Clips(read_clips(world / "rows_train.jsonl"), log_mel)
+    heldout = {name: read_clips(world / f"rows_heldout_{name}.jsonl") for name in ("seen", "unseen")}
+    some = {name: Clips(found[:_CHECKED], log_mel) for name, found in heldout.items()}
+    size = sum(parameter.numel() for parameter in reader.encoder.parameters())
+    print(f"{size:,} parameters, {len(clips.clips)} recordings", flush=True)
+    folder = training_folder(out)
+    trainer = PartTrainer(reader, schedule=schedule, folder=folder)
+    training = EncoderTraining(reader, clips, seed=seed)
+
+    def check() -> str:
+        return describe(judge(save_encoder(reader, folder / "so-far"), some))
+
+    trainer.run(training.loss, check, until=until)
+    rounded = save_encoder(reader, out if trainer.step >= schedule.num_steps else folder / "so-far")
+    rates = judge(rounded, {name: Clips(found, log_mel) for name, found in heldout.items()})
+    print(f"after {trainer.step} steps: {describe(rates)} (all held-out questions)", flush=True)
+    return rates
+
+
+def describe(rates: Mapping[str, float]) -> str:
+    """Write word error rates."""
+    return "held-out WER " + ", ".join(f"{rate:.1%} {name} voices" for name, rate in rates.items())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train the tiny talker's audio encoder.")
+    parser.add_argument("--world", type=Path, default=Path("build/tiny/world"), help="folder of the world")
+    parser.add_argument("--out", type=Path, default=Path("build/tiny/encoder"), help="folder to write")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, mps, ... or auto")
+    parser.add_argument("--steps", type=int, default=SCHEDULE.num_steps, help="steps in total")
+    parser.add_argument("--until", type=int, help="stop before this step, for the next run to go on")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    train_encoder(
+        arguments.world,
+        arguments.out,
+        schedule=Schedule(**{**vars(SCHEDULE), "num_steps": arguments.steps}),
+        device=arguments.device,
+        seed=arguments.seed,
+        until=arguments.until,
+    )
+
+
+if __name__ == "__main__":
+    main()

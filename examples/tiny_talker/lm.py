@@ -1,0 +1,366 @@
+"""Train the tiny talker's language model on the texts of its world, and make its tokenizer.
+
+    python examples/tiny_talker/lm.py --kind llama --world build/tiny/world --out build/tiny/lm-llama
+
+Records of ``WORLD`` -> a causal LM of transformers with tokenizer and chat template, as ``from_pretrained``
+takes them; it answers questions that training held out. Knows nothing of speech. The same command goes on
+after a stop, from the state in ``OUT-training``.
+
+Besides the records, the LM reads the wordings of training pairs that the world leaves unspoken, and counts
+further. A held-out pair occurs in none of them.
+"""
+
+import argparse
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from part_training import PartTrainer, Schedule, pick_device, step_generator, training_folder
+from world import NUMBERS, held_out, pairs
+
+KINDS: Mapping[str, Mapping[str, Any]] = {
+    "llama": {},
+    "qwen2": {},
+    "mistral": {"sliding_window": None},
+}
+"""Architectures, by their ``model_type`` in transformers, with what they need besides ``SIZES``."""
+
+SIZES = {
+    "hidden_size": 256,
+    "intermediate_size": 640,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+}
+
+SCHEDULE = Schedule(num_steps=4000, learning_rate=2e-3, warmup_steps=100, weight_decay=0.1, check_every=250)
+BATCH_SIZE = 96
+QUESTION_WEIGHT = 0.1
+"""How much the words of a prompt count in the loss, beside 1 for those of an answer."""
+
+KIND_POWER = 0.5
+"""Of a kind of n records, n to this power is how often it is drawn."""
+
+HARDER: Mapping[str, float] = {"plus": 2.0, "minus": 2.0, "two turns sum": 2.0}
+"""Kinds that are drawn more often than that."""
+
+PAD, END = "<|pad|>", "<|end|>"
+ROLES = ("system", "user", "assistant")
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message.role not in ['system', 'user', 'assistant'] %}"
+    "{{ raise_exception('the roles are system, user and assistant, got ' ~ message.role) }}{% endif %}"
+    "<|{{ message.role }}|>{{ message.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+SPOKEN_FORMS = (
+    (r"['’]s\b", " is"), (r"['’]m\b", " am"), (r"['’]re\b", " are"), (r"['’]", ""), (r" [-−] ", " minus "),
+    (r"\+", " plus "), *((rf"\b{number}\b", word) for number, word in enumerate(NUMBERS)),
+    (r"\p{P}+", " "), (r"\s+", " "),
+)  # fmt: skip
+"""How writing becomes words as the world has them: short forms, signs, digits, then no punctuation."""
+
+_GROUP = 16  # batches that are drawn together and sorted by length
+_MULTIPLE = 4  # lengths of batches are rounded up to it
+
+
+def make_tokenizer(words: Iterable[str]) -> PreTrainedTokenizerFast:
+    """Byte-level tokenizer in which each of ``words`` is one token; all else is written byte by byte.
+
+    Text is put into the form of the world first: lower case, no punctuation. Single spaces part words, and
+    decoding gives plain words again.
+    """
+    special = [PAD, END, *(f"<|{role}|>" for role in ROLES)]
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=True)
+    pieces = [piece for word in sorted(set(words)) for piece, _ in byte_level.pre_tokenize_str(word)]
+    tokens = dict.fromkeys((*special, *sorted(pre_tokenizers.ByteLevel.alphabet()), *pieces))
+    bpe = Tokenizer(
+        models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=[], ignore_merges=True)
+    )
+    bpe.normalizer = normalizers.Sequence(
+        [
+            normalizers.NFC(),
+            normalizers.Lowercase(),
+            *(normalizers.Replace(Regex(written), spoken) for written, spoken in SPOKEN_FORMS),
+            normalizers.Strip(),
+        ]
+    )
+    bpe.pre_tokenizer = byte_level
+    bpe.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        pad_token=PAD,
+        eos_token=END,
+        additional_special_tokens=special[2:],
+        chat_template=CHAT_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+        model_max_length=SIZES["max_position_embeddings"],
+    )
+
+
+def make_lm(kind: str, tokenizer: PreTrainedTokenizerFast, *, seed: int = 0, **sizes: int) -> PreTrainedModel:
+    """An untrained causal LM, the same one for the same seed."""
+    config = AutoConfig.for_model(
+        kind,
+        vocab_size=len(tokenizer),
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        **(SIZES | sizes),
+        **KINDS[kind],
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        lm: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return lm
+
+
+class Lesson(NamedTuple):
+    """One question with its answer, in ids."""
+
+    kind: str
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]  # the end included
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """Read a file of the world's records."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def unspoken_wordings() -> list[dict[str, Any]]:
+    """Every wording of the pairs that are not held out."""
+    return [
+        {
+            "kind": pair.kind,
+            "turns": [turn._asdict() for turn in exchange.turns],
+            "question": exchange.question,
+            "answer": exchange.answer,
+        }
+        for pair in pairs()
+        if pair.key not in held_out()
+        for exchange in pair.exchanges
+    ]
+
+
+def long_counts() -> list[dict[str, Any]]:
+    """Counting further than the world's questions ask for: how numbers follow one another."""
+    asked = {pair.key for pair in pairs()}
+    ways = [
+        way
+        for low, high in combinations(range(len(NUMBERS)), 2)
+        if f"counting: {', '.join(sorted((NUMBERS[low], NUMBERS[high])))}" not in asked
+        for way in (NUMBERS[low : high + 1], NUMBERS[low : high + 1][::-1])
+    ]
+    return [
+        {"kind": "long counting", "turns": [], "question": f"{wording} from {way[0]} until {way[-1]}",
+         "answer": " ".join(way)}
+        for way in ways
+        for wording in ("count", "please count")
+    ]  # fmt: skip
+
+
+def words_of(records: Iterable[Mapping[str, Any]]) -> set[str]:
+    """Return every word of the records."""
+    texts = (
+        text
+        for record in records
+        for text in (
+            record["question"], record["answer"], *(turn["content"] for turn in record["turns"]),
+        )
+    )  # fmt: skip
+    return {word for text in texts for word in text.split()}
+
+
+def make_lessons(records: Iterable[Mapping[str, Any]], tokenizer: PreTrainedTokenizerFast) -> list[Lesson]:
+    """Write records as prompts and answers, each once."""
+    lessons: dict[Lesson, None] = {}
+    for record in records:
+        messages = [*record["turns"], {"role": "user", "content": record["question"]}]
+        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        ids = tokenizer([prompt, record["answer"] + END], add_special_tokens=False)["input_ids"]
+        lessons[Lesson(record["kind"], tuple(ids[0]), tuple(ids[1]))] = None
+    return list(lessons)
+
+
+class Batch(NamedTuple):
+    """Lessons side by side; what follows a lesson has weight 0, and a causal LM does not see it."""
+
+    ids: Tensor  # int64 [B, S]
+    weights: Tensor  # [B, S], of each id as something to be predicted
+
+
+def make_batch(lessons: Sequence[Lesson], *, pad: int) -> Batch:
+    """Put lessons side by side."""
+    length = max(len(lesson.prompt) + len(lesson.answer) for lesson in lessons)
+    length += -length % _MULTIPLE
+    ids = torch.full((len(lessons), length), pad)
+    weights = torch.zeros(len(lessons), length)
+    for row, lesson in enumerate(lessons):
+        start, end = len(lesson.prompt), len(lesson.prompt) + len(lesson.answer)
+        ids[row, :end] = torch.tensor(lesson.prompt + lesson.answer)
+        weights[row, :start] = QUESTION_WEIGHT
+        weights[row, start:end] = 1
+    return Batch(ids, weights)
+
+
+@dataclass
+class LmTraining:
+    """What one step of training needs.
+
+    Attributes:
+        lm: the LM.
+        lessons: what it learns.
+        pad: id after the end of a lesson.
+        batch_size: lessons a step.
+        seed: decides which lessons a step takes.
+    """
+
+    lm: PreTrainedModel
+    lessons: Sequence[Lesson]
+    pad: int
+    batch_size: int = BATCH_SIZE
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        counts = Counter(lesson.kind for lesson in self.lessons)
+        self.chances = torch.tensor(
+            [counts[lesson.kind] ** (KIND_POWER - 1) * HARDER.get(lesson.kind, 1) for lesson in self.lessons]
+        )
+
+    def batch(self, step: int) -> Batch:
+        """Return the lessons of a step: of a group that is drawn at once, those of about one length."""
+        chance = step_generator(self.seed, step // _GROUP)
+        drawn = torch.multinomial(self.chances, _GROUP * self.batch_size, replacement=True, generator=chance)
+        lessons = [self.lessons[i] for i in drawn.tolist()]
+        lessons.sort(key=lambda lesson: len(lesson.prompt) + len(lesson.answer))
+        part = int(torch.randperm(_GROUP, generator=chance)[step % _GROUP]) * self.batch_size
+        return make_batch(lessons[part : part + self.batch_size], pad=self.pad)
+
+    def loss(self, step: int) -> Tensor:
+        """Return the loss of a step: cross-entropy, answers above all."""
+        ids, weights = (tensor.to(self.lm.device) for tensor in self.batch(step))
+        with torch.autocast(ids.device.type, torch.bfloat16):
+            logits = self.lm(input_ids=ids, use_cache=False).logits[:, :-1]
+        losses = torch.nn.functional.cross_entropy(
+            logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
+        )
+        weights = weights[:, 1:].flatten()
+        return (losses * weights).sum() / weights.sum()
+
+
+@torch.no_grad()
+def exact_match(
+    lm: PreTrainedModel, lessons: Sequence[Lesson], *, pad: int, batch_size: int = 256
+) -> dict[str, float]:
+    """Return for each kind, and for ``all``, the share that greedy decoding answers word for word.
+
+    Greedy decoding writes the answer if and only if each of its ids is the likeliest one after those before
+    it, so one pass over the answer is enough.
+    """
+    right: Counter[str] = Counter()
+    asked: Counter[str] = Counter()
+    ordered = sorted(lessons, key=lambda lesson: len(lesson.prompt) + len(lesson.answer))
+    for start in range(0, len(ordered), batch_size):
+        part = ordered[start : start + batch_size]
+        ids, weights = (tensor.to(lm.device) for tensor in make_batch(part, pad=pad))
+        likeliest = lm(input_ids=ids, use_cache=False).logits[:, :-1].argmax(-1)
+        wrong = (likeliest != ids[:, 1:]) & (weights[:, 1:] == 1)
+        for lesson, is_wrong in zip(part, wrong.any(-1).tolist(), strict=True):
+            asked.update((lesson.kind, "all"))
+            right.update(() if is_wrong else (lesson.kind, "all"))
+    return {kind: right[kind] / asked[kind] for kind in sorted(asked)}
+
+
+def describe(shares: Mapping[str, float]) -> str:
+    """Write the share of all, and of each kind that is not perfect."""
+    rest = ", ".join(f"{kind} {share:.1%}" for kind, share in shares.items() if share < 1 and kind != "all")
+    return f"held-out exact match {shares['all']:.2%}" + (f" ({rest})" if rest else "")
+
+
+def train_lm(
+    world: Path,
+    out: Path,
+    *,
+    kind: str = "llama",
+    schedule: Schedule = SCHEDULE,
+    device: str = "cpu",
+    seed: int = 0,
+    until: int | None = None,
+) -> dict[str, float]:
+    """Train, or go on with training, and write LM and tokenizer.
+
+    Args:
+        world: folder with ``train.jsonl`` and ``heldout.jsonl``.
+        out: folder to write to once training is over. What is needed to go on is in ``OUT-training``.
+        kind: key of ``KINDS``.
+        schedule: how long and how fast.
+        device: where to train.
+        seed: of weights and batches.
+        until: stop before this step, for the next run to go on.
+
+    Returns:
+        Held-out exact match of each kind and of ``all``.
+    """
+    train, heldout = (read_records(world / f"{split}.jsonl") for split in ("train", "heldout"))
+    tokenizer = make_tokenizer(words_of((*train, *heldout)))
+    lm = make_lm(kind, tokenizer, seed=seed).to(pick_device(device))
+    lm.set_attn_implementation("eager")  # the quickest for sentences as short as these
+    pad = int(tokenizer.pad_token_id)
+    lessons = make_lessons((*train, *unspoken_wordings(), *long_counts()), tokenizer)
+    questions = make_lessons(heldout, tokenizer)
+    print(f"{kind}, {lm.num_parameters():,} parameters, {len(tokenizer)} tokens, {len(lessons)} lessons, "
+          f"{len(questions)} held out", flush=True)  # fmt: skip
+    folder = training_folder(out)
+    trainer = PartTrainer(lm, schedule=schedule, folder=folder)
+    training = LmTraining(lm, lessons, pad, seed=seed)
+
+    def save(target: Path) -> str:
+        """Write LM and tokenizer; return what the LM can do."""
+        lm.save_pretrained(target)
+        tokenizer.save_pretrained(target)
+        return describe(exact_match(lm, questions, pad=pad))
+
+    trainer.run(training.loss, lambda: save(folder / "so-far"), until=until)
+    if trainer.step >= schedule.num_steps:
+        print(f"{out}: {save(out)}", flush=True)
+    return exact_match(lm, questions, pad=pad)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train the tiny talker's language model.")
+    parser.add_argument("--kind", choices=KINDS, default="llama", help="architecture")
+    parser.add_argument("--world", type=Path, default=Path("build/tiny/world"), help="folder of the world")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, mps, ... or auto")
+    parser.add_argument("--steps", type=int, default=SCHEDULE.num_steps, help="steps in total")
+    parser.add_argument("--until", type=int, help="stop before this step, for the next run to go on")
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    train_lm(
+        arguments.world,
+        arguments.out,
+        kind=arguments.kind,
+        schedule=Schedule(**{**vars(SCHEDULE), "num_steps": arguments.steps}),
+        device=arguments.device,
+        seed=arguments.seed,
+        until=arguments.until,
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""What the trainings of the tiny talker's parts share: schedule, steps, and going on after a stop.
+
+A module and a function from step to loss in, a trained module out. What a step sees depends on the seed and
+the step alone, so that a run that was stopped ends where it would have ended. Knows nothing of texts or of
+speech.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How long and how fast to learn.
+
+    Attributes:
+        num_steps: steps in total.
+        learning_rate: the highest; it falls along a cosine, to ``final_share`` of it.
+        warmup_steps: steps on which the rate rises.
+        weight_decay: for matrices; vectors are left alone.
+        check_every: steps between two checks, each of which keeps the state.
+    """
+
+    num_steps: int
+    learning_rate: float
+    warmup_steps: int
+    weight_decay: float
+    check_every: int
+    final_share: float = 0.01
+    max_norm: float = 1.0
+
+    def rate(self, step: int) -> float:
+        """Return the learning rate of a step, counted from 0."""
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / self.warmup_steps
+        done = (step - self.warmup_steps) / max(1, self.num_steps - self.warmup_steps)
+        cosine = (1 + math.cos(math.pi * min(1.0, done))) / 2
+        return self.learning_rate * (self.final_share + (1 - self.final_share) * cosine)
+
+
+class PartTrainer:
+    """Trains one module; goes on from the state that an earlier run has left.
+
+    Args:
+        module: what learns.
+        schedule: how long and how fast.
+        folder: where the state is kept, ``state.pt``.
+    """
+
+    def __init__(self, module: nn.Module, *, schedule: Schedule, folder: Path) -> None:
+        self.module = module
+        self.schedule = schedule
+        self.path = folder / "state.pt"
+        learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        groups = [
+            {"params": [p for p in learning if p.dim() > 1], "weight_decay": schedule.weight_decay},
+            {"params": [p for p in learning if p.dim() <= 1], "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=schedule.learning_rate, betas=(0.9, 0.98))
+        self.step = 0
+        self.minutes = 0.0
+        if self.path.is_file():
+            self._load()
+
+    def run(
+        self,
+        loss_of: Callable[[int], Tensor],
+        check: Callable[[], str],
+        *,
+        until: int | None = None,
+    ) -> list[float]:
+        """Take the steps that are left.
+
+        Args:
+            loss_of: the loss of a step, counted from 0.
+            check: called at every check; what it returns is printed.
+            until: stop before this step, with the state kept; None for the schedule's end.
+
+        Returns:
+            The losses of the steps that were taken.
+        """
+        end = self.schedule.num_steps if until is None else min(until, self.schedule.num_steps)
+        losses: list[float] = []
+        checked = time.monotonic()
+        while self.step < end:
+            losses.append(self._take(loss_of(self.step)))
+            self.step += 1
+            if self.step % self.schedule.check_every and self.step < end:
+                continue
+            self.minutes += (time.monotonic() - checked) / 60
+            self._save()
+            recent = losses[-self.schedule.check_every :]
+            print(
+                f"step {self.step} of {self.schedule.num_steps}, {self.minutes:.1f} min, "
+                f"loss {sum(recent) / len(recent):.4f}, {check()}",
+                flush=True,
+            )
+            checked = time.monotonic()
+        return losses
+
+    def _take(self, loss: Tensor) -> float:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.schedule.rate(self.step)
+        self.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.module.parameters(), self.schedule.max_norm)
+        self.optimizer.step()
+        return float(loss.detach())
+
+    def _save(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        state = {
+            "step": self.step,
+            "minutes": self.minutes,
+            "module": self.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+        new = self.path.with_suffix(".new")
+        torch.save(state, new)
+        new.replace(self.path)
+
+    def _load(self) -> None:
+        device = next(self.module.parameters()).device
+        state = torch.load(self.path, map_location=device, weights_only=True)
+        self.module.load_state_dict(state["module"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.minutes = state["step"], state["minutes"]
+        print(f"going on after step {self.step}", flush=True)
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device called ``name``; ``auto`` is an accelerator where there is one."""
+    if name != "auto":
+        return torch.device(name)
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def step_generator(seed: int, step: int) -> torch.Generator:
+    """Return a source of chance that depends on seed and step alone."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + step)
+
+
+def training_folder(out: Path) -> Path:
+    """Return where a training keeps what it needs to go on."""
+    return out.with_name(f"{out.name}-training")
