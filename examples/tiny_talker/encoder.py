@@ -54,6 +54,15 @@ LETTERS = " abcdefghijklmnopqrstuvwxyz"
 EARLY_WEIGHT = 0.3
 """How much the letters that are read from half-way up count in the loss, beside those of the last frames."""
 
+SPEEDS, VOICES = (0.87, 1.15), (0.88, 1.13)
+"""How much faster is spoken, and how much higher formants lie, in what is learned from."""
+
+CHANNEL = 0.12
+"""How far each of the slow waves over the bins goes that stand for a microphone, in units of the features."""
+
+MASKS = ((0, 12), (0, 12), (1, 14), (1, 14))
+"""What is masked: the axis, 0 for bins and 1 for frames, and the most of it."""
+
 _GROUP = 16  # batches that are drawn together and sorted by length
 _CHECKED = 200  # recordings of each held-out set that are judged on the way
 
@@ -170,7 +179,7 @@ def vary(batch: Batch, chance: torch.Generator) -> Batch:
         return torch.rand(len(batch.lengths), *shape, generator=chance) * (high - low) + low
 
     size, num_bins, num_frames = batch.features.shape
-    speed, voice = draw(0.87, 1.15), draw(0.88, 1.13)
+    speed, voice = draw(*SPEEDS), draw(*VOICES)
     lengths = (batch.lengths / speed).long().clamp(min=1)
     longest = int(lengths.max())
     # Where each new value is read from, in the units of grid_sample: -1 and 1 are the borders.
@@ -181,15 +190,14 @@ def vary(batch: Batch, chance: torch.Generator) -> Batch:
     )
     features = F.grid_sample(batch.features[:, None], grid, padding_mode="border", align_corners=False)[:, 0]
     waves = torch.cos(torch.arange(3)[:, None] * torch.arange(num_bins) / num_bins * torch.pi)  # [3, M]
-    features = features + (draw(-0.12, 0.12, 3) @ waves)[..., None]
-    for axis, (most, masks) in enumerate(((12, 2), (14, 2))):
+    features = features + (draw(-CHANNEL, CHANNEL, 3) @ waves)[..., None]
+    for axis, most in MASKS:
         positions = torch.arange(features.shape[1 + axis])
         limit = lengths if axis else torch.full((size,), num_bins)
-        for _ in range(masks):
-            width = draw(0, most)
-            start = draw(0, 1) * (limit - width).clamp(min=0)
-            masked = (positions >= start[:, None]) & (positions < (start + width)[:, None])
-            features = features.masked_fill(masked[:, None] if axis else masked[..., None], 0.0)
+        width = draw(0, most)
+        start = draw(0, 1) * (limit - width).clamp(min=0)
+        masked = (positions >= start[:, None]) & (positions < (start + width)[:, None])
+        features = features.masked_fill(masked[:, None] if axis else masked[..., None], 0.0)
     return batch._replace(features=features, lengths=lengths)
 
 
@@ -302,6 +310,7 @@ def train_encoder(
     *,
     schedule: Schedule = SCHEDULE,
     device: str = "cpu",
+    batch_size: int = BATCH_SIZE,
     seed: int = 0,
     until: int | None = None,
 ) -> dict[str, float]:
@@ -312,6 +321,7 @@ def train_encoder(
         out: folder to write to once training is over. What is needed to go on is in ``OUT-training``.
         schedule: how long and how fast.
         device: where to train.
+        batch_size: recordings a step.
         seed: of weights, batches and variations.
         until: stop before this step, for the next run to go on.
 
@@ -327,7 +337,7 @@ def train_encoder(
     print(f"{size:,} parameters, {len(clips.clips)} recordings", flush=True)
     folder = training_folder(out)
     trainer = PartTrainer(reader, schedule=schedule, folder=folder)
-    training = EncoderTraining(reader, clips, seed=seed)
+    training = EncoderTraining(reader, clips, batch_size=batch_size, seed=seed)
 
     def check() -> str:
         return describe(judge(save_encoder(reader, folder / "so-far"), some))

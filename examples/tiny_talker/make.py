@@ -1,0 +1,137 @@
+"""Make the tiny talker from nothing: world, parts, three stages, judgement. What `make tiny` runs.
+
+    python examples/tiny_talker/make.py [--out build/tiny] [--kind llama] [--until finetune] [--list]
+
+Every part is a command of its own, shown before it runs; a part whose result is there is skipped, and one
+that was stopped goes on where it was. The talker goes to OUT/talker, the judgement to OUT/report.
+"""
+
+import argparse
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+KINDS = ("llama", "qwen2", "mistral")
+
+
+class Part(NamedTuple):
+    """One step on the way.
+
+    Attributes:
+        name: what to call it.
+        command: what makes it, run from the root of the repository.
+        result: the file that is there once it is made.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    result: Path
+
+
+def script(name: str, *arguments: object) -> tuple[str, ...]:
+    """A command that runs one of this folder's scripts."""
+    return (sys.executable, str(HERE / f"{name}.py"), *map(str, arguments))
+
+
+def recipe(stage: int, config: str, *arguments: object) -> tuple[str, ...]:
+    """A command that runs one of the library's own recipes, unchanged."""
+    path = ROOT / "recipes" / f"stage{stage}.py"
+    return (
+        sys.executable,
+        str(path),
+        "--config",
+        str(HERE / "configs" / f"{config}.yaml"),
+        *map(str, arguments),
+    )
+
+
+def plan(out: Path, *, kind: str = "llama") -> list[Part]:
+    """Return all parts, in the order in which they are made.
+
+    Args:
+        out: folder of everything.
+        kind: architecture of the LM; world, encoder and codec are the same for all.
+    """
+    world, encoder, codec, rows = (out / name for name in ("world", "encoder", "codec", "rows"))
+    lm = out / f"lm-{kind}"
+    stages = {name: out / kind / name for name in ("hear", "speak", "adapt", "finetune")}
+    talker, report = out / f"talker-{kind}", out / f"report-{kind}"
+    prepare = (sys.executable, str(ROOT / "recipes" / "prepare.py"), str(world / "rows_train.jsonl"))
+    parts = ("--encoder", encoder, "--codec", codec)
+    end = "talker/omni_config.json"
+
+    def train(stage: int, name: str, *start: object) -> Part:
+        return Part(
+            name, recipe(stage, name, *start, "--data", rows, f"out={stages[name]}"), stages[name] / end
+        )
+
+    return [
+        Part("world", script("build_world", "--out", world), world / "rows_train.jsonl"),
+        Part("lm", script("lm", "--kind", kind, "--world", world, "--out", lm), lm / "config.json"),
+        Part(
+            "encoder", script("encoder", "--world", world, "--out", encoder), encoder / "model.safetensors"
+        ),
+        Part("codec", script("codec", "--data", world, "--out", codec), codec / "model.safetensors"),
+        Part("rows", (*prepare, "--out", str(rows), *map(str, parts)), rows / "prepared.json"),
+        train(1, "hear", "--base", lm, *parts),
+        train(1, "speak", "--start", stages["hear"] / "talker"),
+        train(2, "adapt", "--start", stages["speak"] / "talker"),
+        train(3, "finetune", "--start", stages["adapt"] / "talker"),
+        Part(
+            "ship", script("ship", stages["finetune"] / "talker", "--out", talker), talker / "README.md",
+        ),
+        Part(
+            "report",
+            script(
+                "evaluate", "--talker", talker, "--world", world, "--lm", lm, "--out", report,
+                "--stages", *(f"{name}={folder / 'talker'}" for name, folder in stages.items()),
+            ),
+            report / "report.json",
+        ),
+    ]  # fmt: skip
+
+
+def make(parts: Sequence[Part]) -> None:
+    """Make what is missing, in order; stop at the first part that fails."""
+    for part in parts:
+        if part.result.exists():
+            print(f"{part.name}: is there ({part.result})", flush=True)
+            continue
+        print(f"{part.name}: {shlex.join(part.command)}", flush=True)
+        start = time.monotonic()
+        done = subprocess.run(part.command, cwd=ROOT, check=False)
+        if done.returncode or not part.result.exists():
+            sys.exit(
+                f"{part.name} ended with exit code {done.returncode}; the same command goes on from there"
+            )
+        print(f"{part.name}: made in {(time.monotonic() - start) / 60:.1f} min", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Make the tiny talker from nothing.")
+    parser.add_argument("--out", type=Path, default=Path("build/tiny"), help="folder of everything")
+    parser.add_argument("--kind", choices=KINDS, default=KINDS[0], help="architecture of the LM")
+    parser.add_argument("--until", help="last part to make")
+    parser.add_argument("--list", action="store_true", help="show the parts and stop")
+    arguments = parser.parse_args()
+    parts = plan(arguments.out, kind=arguments.kind)
+    names = [part.name for part in parts]
+    if arguments.until is not None:
+        if arguments.until not in names:
+            parser.error(f"no part is called {arguments.until!r}; the parts are {', '.join(names)}")
+        parts = parts[: names.index(arguments.until) + 1]
+    if arguments.list:
+        for part in parts:
+            print(f"{part.name:10} {'made' if part.result.exists() else '    '} {shlex.join(part.command)}")
+        return
+    make(parts)
+
+
+if __name__ == "__main__":
+    main()
