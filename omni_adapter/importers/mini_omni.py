@@ -28,7 +28,7 @@ from transformers import AutoTokenizer, PreTrainedModel, Qwen2Config, Qwen2ForCa
 
 from omni_adapter.config import Positive, parse
 from omni_adapter.errors import CheckpointError, ConfigError
-from omni_adapter.importers.port import ImportOptions, Source, keep_inside, load_weights
+from omni_adapter.importers.port import ImportOptions, Source, keep_inside, lm_dtype, load_weights
 from omni_adapter.modules.audio_encoder import AudioEncoder
 from omni_adapter.talker import OmniAdapter
 from omni_adapter.tensor_files import check_finite, check_shapes, read_torch_file
@@ -148,7 +148,7 @@ class MiniOmniImporter:
         state = read_state(weights_path)
         config = _with_what_is_there(config, state, source=str(weights_path))
         check_state(state, config, source=str(weights_path))
-        lm = build_lm(config, state, dtype=_dtype(options.dtype, state))
+        lm = build_lm(config, state, dtype=lm_dtype(options.dtype, state[_WTE]))
         encoder = _encoder(source, options, config)
         talker = OmniAdapter.wrap(
             lm,
@@ -410,16 +410,6 @@ def _with_what_is_there(config: LitConfig, state: dict[str, Tensor], *, source: 
         logger.warning("%s has no post_adapter, although its config says so; imported without", source)
         return replace(config, post_adapter=False)
     return config
-
-
-def _dtype(name: str, state: Mapping[str, Tensor]) -> torch.dtype:
-    """Type of the weights."""
-    if name == "auto":
-        return state[_WTE].dtype
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ConfigError(f"dtype must be auto, float32, bfloat16 or float16, got {name!r}")
-    return dtype
 
 
 def _load_tokenizer(source: Source, config: LitConfig) -> Any:

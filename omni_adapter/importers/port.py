@@ -7,8 +7,9 @@ is one file beside this one.
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
+import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 
@@ -121,10 +122,38 @@ def keep_inside(talker: OmniAdapter, parts: Collection[str], *, source: Source) 
     card = source.path / CARD_FILE
     if "base" in inside and card.is_file():
         inside["base"] = replace(inside["base"], license=read_license(card))
-    config: OmniConfig = replace(talker.config, **inside)  # type: ignore[arg-type]
+    return with_refs(talker, inside)
+
+
+def with_refs(talker: OmniAdapter, refs: Mapping[str, PartRef]) -> OmniAdapter:
+    """Return the talker with other names for its parts; the parts stay the same.
+
+    Args:
+        talker: not to be used any more.
+        refs: how to name base, encoder or codec; what they are recognised by is kept.
+    """
+    known = {part: getattr(talker.config, part).fingerprint for part in refs}
+    named: dict[str, Any] = {part: replace(ref, fingerprint=known[part]) for part, ref in refs.items()}
+    config: OmniConfig = replace(talker.config, **named)
     talker.model.config = config
     processor = OmniProcessor(talker.tokenizer, talker.processor.log_mel, config=config)
-    return OmniAdapter(talker.model, processor=processor, codec=talker.codec, config=config)
+    return OmniAdapter(
+        talker.model, processor=processor, codec=talker.codec, config=config, datasets=talker.datasets
+    )
+
+
+def lm_dtype(name: str, weights: Tensor) -> torch.dtype:
+    """Return the type that ``ImportOptions.dtype`` names; ``auto`` is that of ``weights``.
+
+    Raises:
+        ConfigError: if there is no such type.
+    """
+    if name == "auto":
+        return weights.dtype
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ConfigError(f"dtype must be auto, float32, bfloat16 or float16, got {name!r}")
+    return dtype
 
 
 def load_weights(module: nn.Module, weights: Mapping[str, Tensor], *, source: str) -> None:
