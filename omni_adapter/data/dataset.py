@@ -27,7 +27,7 @@ from omni_adapter.data.collator import Batch, Sample, collate
 from omni_adapter.data.layout import GridRules
 from omni_adapter.data.packing import bucket, collate_packed, pack
 from omni_adapter.data.rows import Rejects, Row, parse_row
-from omni_adapter.data.sources import SourceSpec, Stream, mix, open_source, rename
+from omni_adapter.data.sources import SourceSpec, Stream, mix, open_sources, rename
 from omni_adapter.errors import DataError, RowError
 
 _BLOCK = 1000  # positions in which every source has its exact share
@@ -61,10 +61,7 @@ class Mixture:
         if not 0 < len(specs) <= _BLOCK:
             raise DataError(f"a mixture has 1 to {_BLOCK} sources, got {len(specs)}")
         self.specs, self.seed = tuple(specs), seed
-        self.sources = [
-            open_source(spec, seed=mix(seed, number) if spec.shuffle else 0)
-            for number, spec in enumerate(specs)
-        ]
+        self.sources = open_sources(specs, seeds=[mix(seed, number) for number in range(len(specs))])
         self._quotas = _quotas([spec.weight for spec in specs], _BLOCK)
         self._order = lru_cache(maxsize=4)(self._block_order)
 

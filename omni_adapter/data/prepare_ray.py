@@ -93,6 +93,22 @@ def run_on_ray(
             add_record(record, rejects)
 
 
+def import_ray() -> Any:
+    """Return the module ``ray`` with ``ray.data``.
+
+    Raises:
+        MissingDependencyError: if it is not installed.
+    """
+    try:
+        import ray
+        import ray.data
+    except ImportError as error:
+        raise MissingDependencyError(
+            "Ray Data", extra="ray", purpose="preparing data on a cluster"
+        ) from error
+    return ray
+
+
 class _Worker:
     """Makes one shard a call; what a restarted actor is made of."""
 
@@ -190,13 +206,7 @@ def _share_out(resources: Mapping[str, float], num_shards: int, pool: Pool) -> t
 @contextmanager
 def _cluster(address: str | None) -> Iterator[Any]:
     """Ray, connected to a cluster; one that was started for this is stopped at the end."""
-    try:
-        import ray
-        import ray.data
-    except ImportError as error:
-        raise MissingDependencyError(
-            "ray", extra="ray", purpose="preparing data with --engine ray"
-        ) from error
+    ray = import_ray()
     own = not ray.is_initialized()
     if own:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

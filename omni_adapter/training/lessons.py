@@ -4,8 +4,10 @@ Knows nothing of models or processors.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 from omni_adapter.config import parse
 from omni_adapter.data.dataset import Mixture
@@ -14,10 +16,12 @@ from omni_adapter.data.rows import TAUGHT_TASKS, check_columns
 from omni_adapter.data.sources import SourceSpec, open_source, usual_tasks
 from omni_adapter.errors import ConfigError, DataError
 from omni_adapter.training.loss import LossSettings
-from omni_adapter.training.settings import TrainSettings
+from omni_adapter.training.settings import TrainSettings, read_mixture
 from omni_adapter.training.stages import get_stage
 
 logger = logging.getLogger(__name__)
+
+_MIXTURE_ENDS = (".yaml", ".yml")
 
 
 def open_mixture(settings: TrainSettings) -> Mixture:
@@ -29,10 +33,8 @@ def open_mixture(settings: TrainSettings) -> Mixture:
     stage = get_stage(settings.stage)
     tasks = settings.data.tasks or dict.fromkeys(stage.tasks, 1.0)
     specs: list[SourceSpec] = []
-    for number, source in enumerate(settings.data.sources):
-        values = {"path": source} if isinstance(source, str) else source
-        spec = parse(SourceSpec, values, source=f"data.sources[{number}]")
-        specs.extend([spec] if spec.task is not None else _specs_by_task(spec, tasks))
+    for spec, own in _listed(settings.data.sources, place="data.sources"):
+        specs.extend([spec] if spec.task is not None else _specs_by_task(spec, own or tasks))
     return Mixture(specs, seed=settings.seed)
 
 
@@ -49,6 +51,21 @@ def check_lessons(loss: LossSettings, mixture: Mixture) -> None:
             f"loss.distil: the base can teach {', '.join(sorted(TAUGHT_TASKS))}, not {', '.join(untaught)}; "
             "name the tasks in data.tasks, such as data.tasks='{speech_to_text: 1, tts: 1}'"
         )
+
+
+def _listed(
+    sources: Sequence[str | dict[str, Any]], *, place: str
+) -> Iterator[tuple[SourceSpec, Mapping[str, float]]]:
+    """Every source, those of YAML files among them, and the tasks that its file names."""
+    for number, source in enumerate(sources):
+        values = {"path": source} if isinstance(source, str) else source
+        spec = parse(SourceSpec, values, source=f"{place}[{number}]")
+        if Path(spec.path).suffix not in _MIXTURE_ENDS:
+            yield spec, {}
+            continue
+        mixture = read_mixture(Path(spec.path))
+        for inner, own in _listed(mixture.sources, place=f"{spec.path}: sources"):
+            yield replace(inner, weight=inner.weight * spec.weight), own or mixture.tasks
 
 
 def _specs_by_task(spec: SourceSpec, tasks: Mapping[str, float]) -> list[SourceSpec]:

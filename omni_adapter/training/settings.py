@@ -88,8 +88,9 @@ class DataSettings:
     """What is learned from, and how it is put into batches.
 
     Args:
-        sources: data sets to mix; each a path or Hub id, or a mapping with ``path`` and the further keys of
-            ``omni_adapter.data.dataset.SourceSpec``.
+        sources: data sets to mix; each the name of a published data set, a path or a Hub id, a YAML file with
+            further ``sources`` and perhaps their ``tasks``, or a mapping with ``path`` and the further keys
+            of ``omni_adapter.data.sources.SourceSpec``.
         tasks: weight of each task of sources that name none; empty for the stage's own, as often each.
         batch_size: rows of one micro-batch of one process.
         max_length: steps of the longest sample; longer ones are rejected and counted.
@@ -283,6 +284,31 @@ def load_settings(path: Path | None, words: Sequence[str] = (), *, stage: str | 
     values.setdefault("out", f"runs/{values['stage']}")
     _check_keys(TrainSettings, values, (), source=source)
     return parse(TrainSettings, values, source=source)
+
+
+@dataclass(frozen=True, config=_STRICT)
+class MixtureFile:
+    """What a YAML file in ``data.sources`` holds.
+
+    Args:
+        sources: as in ``DataSettings``; paths are relative to where the command runs.
+        tasks: weight of each task of its sources that name none; empty for the run's.
+    """
+
+    sources: tuple[str | dict[str, Any], ...]
+    tasks: dict[str, Rate] = field(default_factory=dict)
+
+
+def read_mixture(path: Path) -> MixtureFile:
+    """Read a YAML file of sources.
+
+    Raises:
+        ConfigError: if it cannot be read, or holds something else.
+    """
+    mixture = parse(MixtureFile, _read_yaml(path), source=str(path))
+    if not mixture.sources:
+        raise ConfigError(f"{path}: sources is empty")
+    return mixture
 
 
 def split_words(words: Sequence[str]) -> list[tuple[str, Any]]:

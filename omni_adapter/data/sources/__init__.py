@@ -3,7 +3,7 @@
 from omni_adapter.data.sources.adapt import Chosen
 from omni_adapter.data.sources.folders import AudioFolder
 from omni_adapter.data.sources.json_lines import JsonLines
-from omni_adapter.data.sources.open import open_source, usual_tasks
+from omni_adapter.data.sources.open import open_source, open_sources, usual_tasks
 from omni_adapter.data.sources.recipe import Part, Recipe
 from omni_adapter.data.sources.registry import SOURCES, choose
 from omni_adapter.data.sources.spec import PLAN_FILE, TOTALS_FILE, Source, SourceSpec, mix, rename
@@ -25,6 +25,7 @@ __all__ = [
     "choose",
     "mix",
     "open_source",
+    "open_sources",
     "rename",
     "usual_tasks",
 ]

@@ -5,6 +5,7 @@ differ in form, and audio folders. Recordings stay undecoded, and damaged parts 
 nothing of mixtures, samples or models.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -39,12 +40,51 @@ def open_source(spec: SourceSpec, *, seed: int = 0) -> Source | Stream:
         DataError: if it cannot be read, is empty, or lacks a column; the columns found are listed.
         MissingDependencyError: if ``datasets`` is not installed and the source needs it.
     """
+    source = _open_any(spec, seed=seed)
+    _check(source, spec)
+    return source
+
+
+def open_sources(specs: Sequence[SourceSpec], *, seeds: Sequence[int]) -> list[Source | Stream]:
+    """Open several sources; those that differ in nothing but what is done with their rows are opened once.
+
+    Args:
+        specs: what to open.
+        seeds: of each, to shuffle it if it is a stream.
+
+    Raises:
+        DataError: as ``open_source``.
+        MissingDependencyError: as ``open_source``.
+    """
+    opened: dict[str, Source | Stream] = {}
+    sources = []
+    for spec, seed in zip(specs, seeds, strict=True):
+        key = repr(replace(spec, task=None, weight=1.0, limit=None, shuffle=True))
+        source = opened[key] if key in opened else _open_any(spec, seed=seed)
+        _check(source, spec)
+        if not isinstance(source, Stream):  # a stream stands somewhere, a table does not
+            opened[key] = source
+        sources.append(source)
+    return sources
+
+
+def usual_tasks(spec: SourceSpec) -> tuple[str, ...] | None:
+    """Return what a published data set can teach, None for any other source."""
+    chosen = choose(spec)
+    return None if chosen is None else chosen.recipe.tasks
+
+
+def _open_any(spec: SourceSpec, *, seed: int) -> Source | Stream:
+    """A source in our schema or its own, its columns not yet checked."""
     chosen, shuffle_seed = choose(spec), seed if spec.shuffle else None
     if chosen is None:
-        source = _open(spec, seed=shuffle_seed)
-    else:
-        chosen.check_mapping(spec)
-        source = adapt(_open_published(spec, chosen, seed=shuffle_seed), chosen)
+        return _open(spec, seed=shuffle_seed)
+    chosen.check_mapping(spec)
+    return adapt(_open_published(spec, chosen, seed=shuffle_seed), chosen)
+
+
+def _check(source: Source | Stream, spec: SourceSpec) -> None:
+    """Refuse a source that lacks columns or rows."""
     unknown = [column for column in spec.columns if column not in source.columns]
     if unknown:
         raise DataError(
@@ -58,13 +98,6 @@ def open_source(spec: SourceSpec, *, seed: int = 0) -> Source | Stream:
             raise DataError(f"{error}{hint(spec)}") from error
     if not isinstance(source, Stream) and len(source) == 0:
         raise DataError(f"{spec.path} is empty")
-    return source
-
-
-def usual_tasks(spec: SourceSpec) -> tuple[str, ...] | None:
-    """Return what a published data set can teach, None for any other source."""
-    chosen = choose(spec)
-    return None if chosen is None else chosen.recipe.tasks
 
 
 def _open_published(spec: SourceSpec, chosen: Chosen, *, seed: int | None) -> Source | Stream:

@@ -58,7 +58,7 @@ def read_frames(text: str | None) -> list[list[int]] | None:
     if not frames[-1].strip():
         frames.pop()
     codes = [frame.split() for frame in frames]
-    if any(len(frame) != len(codes[0]) or not frame for frame in codes):
+    if not codes or any(len(frame) != len(codes[0]) or not frame for frame in codes):
         lengths = sorted({len(frame) for frame in codes})
         raise RowError(f"every frame has as many codes as the others, got {lengths}", reason="bad_codes")
     try:
