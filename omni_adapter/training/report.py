@@ -191,9 +191,11 @@ def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     return [(group[-1][0], sum(value for _, value in group) / len(group)) for group in groups]
 
 
-def _svg(chart: Chart) -> str:
-    parts = [f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{html.escape(chart.title)}">']
-    for shape in draw(chart):
+def to_svg(shapes: Sequence[Shape], *, title: str, size: tuple[int, int] = (_WIDTH, _HEIGHT)) -> str:
+    """Return shapes as an SVG of that width and height, for a page."""
+    width, height = size
+    parts = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{html.escape(title)}">']
+    for shape in shapes:
         if isinstance(shape, Line):
             points = " ".join(f"{x:.1f},{y:.1f}" for x, y in shape.points)
             parts.append(
@@ -259,7 +261,7 @@ def _page(folder: Path, entries: Sequence[Mapping[str, Any]], charts: Sequence[C
     return _PAGE.format(
         title=html.escape(f"{stage}: {folder.resolve().name}"),
         summary=_summary(entries, run),
-        charts="".join(_svg(chart) for chart in charts),
+        charts="".join(to_svg(draw(chart), title=chart.title) for chart in charts),
         answers=_answers(folder),
         skipped=_skipped(folder),
         settings=html.escape(settings),
