@@ -21,12 +21,15 @@ MAX_TENSORS = 10_000
 _MAX_NAMES_IN_MESSAGE = 8
 
 
-def read_safetensors(path: Path, *, expected: Mapping[str, Sequence[int]] | None = None) -> dict[str, Tensor]:
+def read_safetensors(
+    path: Path, *, expected: Mapping[str, Sequence[int]] | None = None, prefixes: Sequence[str] = ("",)
+) -> dict[str, Tensor]:
     """Read a ``.safetensors`` file.
 
     Args:
         path: the file.
         expected: shape of every tensor that must be there, by name; None takes what is there.
+        prefixes: only tensors whose names begin with one of these are looked at.
 
     Returns:
         The tensors by name, on the CPU.
@@ -42,7 +45,7 @@ def read_safetensors(path: Path, *, expected: Mapping[str, Sequence[int]] | None
                 f"{path}: header of {header_bytes} bytes, at most {MAX_HEADER_BYTES} are read"
             )
         with safe_open(path, framework="pt", device="cpu") as tensors:
-            names = list(tensors.keys())
+            names = [name for name in tensors.keys() if name.startswith(tuple(prefixes))]
             if len(names) > MAX_TENSORS:
                 raise CheckpointError(f"{path}: {len(names)} tensors, at most {MAX_TENSORS} are read")
             if expected is not None:

@@ -317,7 +317,7 @@ def test_a_checkpoint_of_the_hub_names_nothing_on_this_machine(tmp_path, parts):
     folder = write_checkpoint(tmp_path / "published", parts)
     options = ImportOptions(codec=str(parts["codec"]))
     with pytest.raises(
-        CheckpointError, match="names the base '/.*', which is no Hub id; pass it as an option"
+        CheckpointError, match=r"names the base '/.*', which is no Hub id; pass it as an option"
     ):
         UltravoxImporter().read(Source(folder, "org/ultravox", "org/ultravox"), options=options)
     with pytest.raises(CheckpointError, match="does not name its base; pass it as an option"):
