@@ -1,4 +1,4 @@
-"""The command ``omni-adapter``: talk, listen, transcribe, say, wrap, export, push, doctor, bench.
+"""The command ``omni-adapter``: talk, listen, transcribe, say, wrap, import, export, push, doctor, bench.
 
 Arguments in; text on stdout, sound into files, everything else on stderr. What can be done is done by
 ``OmniAdapter``; this module only asks and shows. Heavy imports stand inside the commands, so that ``--help``
@@ -196,6 +196,21 @@ class Grafts:
     fusion: Annotated[
         str, typer.Option(help="add keeps the base's text path exact; mean averages as the paper does.")
     ] = "add"
+
+
+@dataclass(frozen=True)
+class Beside:
+    """Parts that come from elsewhere."""
+
+    base: Annotated[
+        str | None, typer.Option(help="Language model, if the checkpoint holds only what was added to it.")
+    ] = None
+    encoder: Annotated[
+        str | None, typer.Option(help="Whisper model; default: the checkpoint's own, or the one it names.")
+    ] = None
+    codec: Annotated[
+        str | None, typer.Option(help="SNAC model; default: the one that the checkpoint was trained with.")
+    ] = None
 
 
 def with_groups(command: Callable[..., None]) -> Callable[..., None]:
@@ -443,6 +458,44 @@ def push(
         options = PushOptions(private=private or None, revision=branch, commit_message=message)
         address = push_folder(folder, repository, options=options)
     _note(f"pushed to {address}")
+
+
+@app.command("import", epilog="Example: omni-adapter import mini-omni gpt-omni/mini-omni --out mini-omni")
+@with_groups
+def import_checkpoint(
+    importer: Annotated[
+        str, typer.Argument(help="Whose checkpoint, such as mini-omni; a wrong name lists those there are.")
+    ],
+    source: Annotated[str, typer.Argument(help="Folder, file or Hub id of the checkpoint.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the talker.")],
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit of the checkpoint's repository.")
+    ] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Type of the weights; auto takes that of the files.")] = (
+        Dtype.AUTO
+    ),
+    include: Annotated[
+        str,
+        typer.Option(help="Parts to copy into the folder instead of naming them: base,encoder,codec."),
+    ] = "",
+    *,
+    beside: Beside,
+) -> None:
+    """Make a talker of a checkpoint that others published.
+
+    Its weights, prompts and ways of decoding stay as they were, so that it answers as it does in its own
+    code. Parts that came with the checkpoint are saved in the folder, the others are named.
+    """
+    _check_talker_folder(out)
+    from omni_adapter.hub import HubOptions
+    from omni_adapter.importers import ImportOptions, import_talker
+
+    with _working(f"importing {source}"):
+        _prepare_hub(source, *(part for part in asdict(beside).values() if part))
+        options = ImportOptions(dtype=dtype.value, hub=HubOptions(revision=revision), **asdict(beside))
+        talker = import_talker(importer, source, options=options)
+        talker.save_pretrained(out, include=_names(include))
+    _note(f"saved the talker in {out}; try: omni-adapter talk --text 'Hello!' --model {out}")
 
 
 @app.command(epilog="Example: omni-adapter doctor some-org/some-model")
