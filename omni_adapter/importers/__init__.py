@@ -4,6 +4,7 @@ The name of an importer and a folder or Hub id in, a talker out.
 
     port.py        what an importer is, and what all of them need
     mini_omni.py   the released Mini-Omni
+    slam_omni.py   SLAM-Omni in Mini-Omni mode
     ultravox.py    Ultravox's projectors: hearing only
 """
 
@@ -13,6 +14,7 @@ from pathlib import Path
 from omni_adapter.errors import ConfigError
 from omni_adapter.importers.mini_omni import MiniOmniImporter
 from omni_adapter.importers.port import Importer, ImportOptions, run_importer
+from omni_adapter.importers.slam_omni import SlamOmniImporter
 from omni_adapter.importers.ultravox import UltravoxImporter
 from omni_adapter.talker import OmniAdapter
 
@@ -20,6 +22,7 @@ __all__ = ["IMPORTERS", "ImportOptions", "Importer", "import_talker"]
 
 IMPORTERS: Mapping[str, Importer] = {
     "mini-omni": MiniOmniImporter(),
+    "slam-omni": SlamOmniImporter(),
     "ultravox": UltravoxImporter(),
 }
 """Every importer, by the name that the command ``omni-adapter import`` knows."""
