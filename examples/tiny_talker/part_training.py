@@ -62,7 +62,7 @@ class PartTrainer:
             {"params": [p for p in learning if p.dim() > 1], "weight_decay": schedule.weight_decay},
             {"params": [p for p in learning if p.dim() <= 1], "weight_decay": 0.0},
         ]
-        self.optimizer = torch.optim.AdamW(groups, lr=schedule.learning_rate, betas=(0.9, 0.98))
+        self.optimizer = torch.optim.AdamW(groups, lr=schedule.learning_rate, betas=(0.9, 0.98), fused=True)
         self.step = 0
         self.minutes = 0.0
         if self.path.is_file():
