@@ -41,7 +41,7 @@ from omni_adapter import SnacCodec
 from omni_adapter.audio.clips import Clips, encoder_mark
 from omni_adapter.config import EncoderPadding, parse
 from omni_adapter.data.prepare import Preparation, PrepareSettings, Totals
-from omni_adapter.data.prepare_ray import Pool, run_on_ray
+from omni_adapter.data.prepare_ray import Pool, import_ray, run_on_ray
 from omni_adapter.data.sources import SourceSpec
 from omni_adapter.data.synthesis import make_synthesizer
 from omni_adapter.errors import ConfigError, OmniError
@@ -205,6 +205,7 @@ def make_pool(engine: str, asked: dict[str, object]) -> Pool | None:
     if engine not in ENGINES:
         raise ConfigError(f"--engine must be {' or '.join(ENGINES)}, got {engine!r}")
     if engine == "ray":
+        import_ray()
         return parse(Pool, asked, source="command line")
     if asked:
         raise ConfigError(
