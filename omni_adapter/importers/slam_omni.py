@@ -16,7 +16,7 @@ import logging
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -162,10 +162,11 @@ def build_lm(state: Mapping[str, Tensor], options: ImportOptions, spec: CodecSpe
     """
     weights = _without_prefix(state, _LM)
     config = hub.read_lm_config(options.base or DEFAULT_BASE, options=replace(options.hub, revision=None))
+    make: Any = AutoModelForCausalLM.from_config
     with torch.device("meta"):
-        plan: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+        plan: PreTrainedModel = make(config)
     names = {id(parameter): name for name, parameter in plan.named_parameters()}
-    tables = [plan.get_input_embeddings(), plan.get_output_embeddings()]
+    tables: list[Any] = [find() for find in (plan.get_input_embeddings, plan.get_output_embeddings)]
     read, written = (names[id(table.weight)] for table in tables)  # one name where they are tied
     weights = {name: tensor for name, tensor in weights.items() if name not in _twins(plan, names)}
     if read not in weights or written not in weights:
@@ -181,7 +182,7 @@ def build_lm(state: Mapping[str, Tensor], options: ImportOptions, spec: CodecSpe
     config.vocab_size = text_rows
     config.bos_token_id, config.eos_token_id, config.pad_token_id = None, marks.end, marks.pad
     dtype = lm_dtype(options.dtype, weights[read])
-    lm: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    lm: PreTrainedModel = make(config, dtype=dtype)
     load_weights(lm, weights, source=source)
     lm.train(False)
     return BuiltLm(lm, marks, base_ids, split[read][1], split[written][1])
