@@ -120,7 +120,7 @@ def make_whisper() -> WhisperModel:
     )
 
 
-def make_snac() -> snac.SNAC:
+def make_snac(codebook_size: int = 64) -> snac.SNAC:
     """A thin SNAC with the rates, strides and rows of the one for 24 kHz, and few codes."""
     return snac.SNAC(
         sampling_rate=24000,
@@ -129,7 +129,7 @@ def make_snac() -> snac.SNAC:
         decoder_dim=64,
         decoder_rates=[8, 8, 4, 2],
         attn_window_size=None,
-        codebook_size=64,
+        codebook_size=codebook_size,
         codebook_dim=8,
         vq_strides=[4, 2, 1],
         noise=True,

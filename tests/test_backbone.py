@@ -1,4 +1,5 @@
 import ast
+import copy
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -245,3 +246,38 @@ def test_lora_of_others_may_name_its_targets_by_a_pattern(tmp_path):
     again = Backbone(build_fresh("llama"))
     again.load_lora(tmp_path)
     assert again.lora_targets == tuple(sorted(names))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "opt", "bloom", "mamba2", "cohere2"])
+def test_what_enters_the_final_norm_can_be_tapped(family):
+    """The norm makes the last hidden state of it, in whole passes and in cached steps."""
+    backbone = Backbone(build_fresh(family))
+    embeddings = backbone.embed(IDS)
+    plain = backbone(embeddings)
+    assert plain.tapped is plain.hidden
+    backbone.tap_final_norm()
+    whole = backbone(embeddings)
+    assert torch.equal(whole.hidden, plain.hidden)
+    (norm,) = backbone._tapped_norm
+    torch.testing.assert_close(norm(whole.tapped), whole.hidden)
+    assert not torch.allclose(whole.tapped, whole.hidden)
+    first = backbone(embeddings[:, :-2], use_cache=True)
+    rest = backbone(embeddings[:, -2:], cache=first.cache, use_cache=True)
+    steps = torch.cat((first.tapped, rest.tapped), dim=1)
+    torch.testing.assert_close(steps, whole.tapped, atol=1e-4, rtol=1e-4)
+
+
+def test_a_tapped_norm_is_no_weight_of_its_own_and_is_copied_along(llama):
+    names = [name for name, _ in llama.named_parameters()]
+    llama.tap_final_norm()
+    assert [name for name, _ in llama.named_parameters()] == names
+    twin = copy.deepcopy(llama)
+    assert twin._tapped_norm[0] is twin.lm.model.norm
+
+
+def test_an_lm_without_a_final_norm_cannot_be_tapped():
+    lm = build_fresh("llama")
+    lm.model.norm = nn.Identity()
+    backbone = Backbone(lm)
+    with pytest.raises(BackboneError, match=r"LlamaForCausalLM has no norm that makes its last hidden state"):
+        backbone.tap_final_norm()

@@ -107,3 +107,18 @@ def test_errors(tmp_path):
 def test_no_recording_takes_no_frames():
     assert SHORT.num_frames(0) == []
     assert np.sum(SHORT.num_frames(10)) == 1
+
+
+@pytest.mark.parametrize(
+    ("num_samples", "frames"),
+    # The original keeps int(milliseconds / 20) + 1 steps of two frames each, of a window of 1500.
+    [(1, [1]), (319, [2]), (320, [3]), (321, [3]), (16_000, [101]), (480_000, [3000]), (480_160, [3000, 2])],
+)
+def test_frames_as_the_original_counts_them(num_samples, frames):
+    log_mel = LogMel(80)
+    assert log_mel.num_frames(num_samples, padding="mini_omni") == frames
+    if num_samples < log_mel.window_samples:
+        assert -(-frames[0] // 2) == int(num_samples / 16_000 * 1000 / 20) + 1
+    windows = log_mel.windows(torch.ones(num_samples), padding="mini_omni")
+    assert [window.length for window in windows] == frames
+    assert all(window.values.shape[-1] == log_mel.window_frames for window in windows)

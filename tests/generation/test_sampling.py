@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from omni_adapter.audio.delay import delay_codes
 from omni_adapter.errors import ConfigError
-from omni_adapter.generation.sampling import CodeAutomaton, SamplingSettings, penalise, sample
+from omni_adapter.generation.sampling import CodeAutomaton, FreeRows, SamplingSettings, penalise, sample
 from omni_adapter.vocab import CodeVocabulary
 
 VOCABULARY = CodeVocabulary(8)
@@ -122,3 +122,19 @@ def test_repetition_penalty():
 def test_wrong_settings_are_refused(settings_, message):
     with pytest.raises(ConfigError, match=message):
         SamplingSettings(**settings_)
+
+
+def test_free_rows_write_what_they_will_until_the_last_one_ends():
+    vocabulary = CodeVocabulary(8)
+    rows = FreeRows(vocabulary, delays=(1, 2, 3), max_steps=torch.tensor([9, 9]), device=torch.device("cpu"))
+    logits = torch.randn(2, 3, vocabulary.size)
+    assert torch.equal(rows.mask(logits), logits)
+    end, pad = vocabulary.end, vocabulary.pad
+    early = torch.tensor([[end, pad, 3], [5, end, vocabulary.input]])
+    assert torch.equal(rows.advance(early), early)
+    assert rows.finished.tolist() == [False, False]
+    assert rows.advance(torch.tensor([[1, 2, end], [1, 2, 3]])).tolist() == [[1, 2, end], [1, 2, 3]]
+    assert rows.finished.tolist() == [True, False]
+    assert rows.advance(torch.tensor([[1, 2, 3], [4, 5, end]])).tolist() == [[pad] * 3, [4, 5, end]]
+    assert rows.finished.tolist() == [True, True]
+    assert rows.cut.tolist() == [False, False]

@@ -8,7 +8,7 @@ import soundfile
 import torch
 from torch import Tensor
 
-from examples.untrained_talker import make_parts
+from examples.untrained_talker import make_parts, make_snac
 from omni_adapter import OmniAdapter, SnacCodec
 from omni_adapter.data.collator import collate
 from omni_adapter.data.layout import get_task
@@ -204,11 +204,14 @@ def first_new(ids: list[int], *, start: int) -> int:
     return next(step for step in range(start, len(ids)) if ids[step] not in ids[:step])
 
 
-@pytest.mark.parametrize(("post_adapter", "batch_parallel"), [(False, True), (True, True), (False, False)])
-def test_replies_end_where_the_originals_do(tmp_path, codec, samples, post_adapter, batch_parallel):
+@pytest.mark.parametrize(
+    ("post_adapter", "batch_parallel", "seed"),
+    [(False, True, 9), (True, True, 11), pytest.param(False, False, 9, marks=pytest.mark.slow)],
+)
+def test_replies_end_where_the_originals_do(tmp_path, codec, samples, post_adapter, batch_parallel, seed):
     """A text ends alone; the end mark of the last code row ends the reply, whatever the other rows do."""
     size = replace(SMALL, post_adapter=post_adapter)
-    state, config = lit_state(size), lit_config(size)
+    state, config = lit_state(size, seed=seed), lit_config(size)
     reference = Reference(state, config, whisper_checkpoint(size.whisper_adapter_dim))
     heard = reference.hear(samples)
     streams = reference.speech_prompt(len(heard), last_code=ANSWER, last_text=ANSWER)
@@ -228,3 +231,43 @@ def test_replies_end_where_the_originals_do(tmp_path, codec, samples, post_adapt
     assert ours[:-1] == expected
     assert (ours[-1][0], ours[-1][-1]) == (reference.text_mark + PAD, reference.code_mark + END)
     assert {step[0] for step in expected[text_step + 1 :]} == {reference.text_mark + PAD}
+
+
+def parity_at(size: Size, folder, samples: Tensor) -> None:
+    """Compare the logits of a spoken question and the first steps of the reply, at any size."""
+    codec_folder = folder / "codec"
+    SnacCodec.from_model(make_snac(codebook_size=size.audio_vocab_size - 64)).save_pretrained(codec_folder)
+    case = imported(folder, str(codec_folder), samples, size)
+    assert case.talker.model.backbone.vocab_size == size.text_vocab_size
+    assert case.talker.config.text_end_ids == (size.text_vocab_size - 64,)
+    streams, heard = prompts(case)["speech_to_speech"]
+    text, codes = case.reference.logits(streams[None], heard)
+    batch = collate([sample_of(case, samples, "speech_to_speech")], rules=case.talker.processor.rules)
+    with torch.inference_mode():
+        output = case.talker.model(batch.grid, places=batch.places, clips=batch.clips)
+    assert_close(output.text_logits, text)
+    assert_close(output.code_logits, codes)
+    said = decode(case, samples, "speech_to_speech", max_new_tokens=8)
+    assert said == case.reference.speak_in_parallel(streams, heard, most=8)
+
+
+def test_published_tables_at_small_width(tmp_path, samples):
+    """All 152000 + 7 x 4160 rows, with the ids of the released checkpoint."""
+    parity_at(Size(n_layer=1, tie_word_embeddings=True), tmp_path, samples)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("layers", "post_adapter"), [(24, False), (4, True)])
+def test_published_width(tmp_path, samples, layers, post_adapter):
+    """The released checkpoint's sizes; with the post_adapter fewer layers, to save memory."""
+    size = Size(
+        n_embd=896,
+        n_head=14,
+        n_query_groups=2,
+        n_layer=layers,
+        intermediate_size=4864,
+        whisper_adapter_dim=768,
+        tie_word_embeddings=True,
+        post_adapter=post_adapter,
+    )
+    parity_at(size, tmp_path, samples)

@@ -108,3 +108,23 @@ def test_paper_size():
         config = TtsConfig(layers=6, heads=14, kv_heads=2, intermediate_width=4864)
         tts = TtsBlocks(width=896, config=config)
     assert sum(parameter.numel() for parameter in tts.parameters()) == pytest.approx(89.5e6, rel=2e-3)
+
+
+def test_biases_of_query_key_and_value():
+    biased, plain = blocks(qkv_bias=True), blocks()
+    new = dict(biased.named_parameters()).keys() - dict(plain.named_parameters()).keys()
+    assert new == {f"blocks.{i}.{part}.bias" for i in range(2) for part in ("query", "key", "value")}
+    plain.load_state_dict(biased.state_dict(), strict=False)
+    hidden = states(1, 5)
+    assert torch.equal(biased(hidden), plain(hidden))  # they begin at zero
+    for part in ("query", "key", "value"):
+        torch.nn.init.normal_(getattr(biased.blocks[0], part).bias)
+    cache = TtsCache()
+    steps = torch.cat([biased(step, cache=cache) for step in hidden.split(1, dim=1)], dim=1)
+    torch.testing.assert_close(steps, biased(hidden))
+    assert not torch.allclose(steps, plain(hidden))
+
+
+def test_no_blocks_read_no_state_before_the_norm():
+    with pytest.raises(ValueError, match='input="before_norm" needs layers, whose own norm'):
+        TtsConfig(layers=0, input="before_norm")
