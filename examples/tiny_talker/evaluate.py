@@ -168,11 +168,11 @@ def _new_pairs_first(questions: Iterable[Question]) -> list[Question]:
 def ask_all(
     talker: OmniAdapter, conversations: Sequence[Sequence[Message]], *, task: str, **options: Any
 ) -> list[Reply]:
-    """Return the replies to many conversations, batch by batch."""
+    """Return the replies to many conversations, batch by batch; their sound is decoded at once."""
     replies: list[Reply] = []
     for start in range(0, len(conversations), BATCH_SIZE):
         batch = conversations[start : start + BATCH_SIZE]
-        settings = {"max_new_tokens": MOST_STEPS, **options}
+        settings = {"max_new_tokens": MOST_STEPS, "stride": MOST_STEPS, **options}
         replies.extend(talker.chat_many(batch, task=task, **settings))
     return replies
 

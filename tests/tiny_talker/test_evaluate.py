@@ -340,3 +340,40 @@ def test_a_recipe_that_fails_stops_the_ablations(tmp_path: Path) -> None:
     failing = ablations.Stage((sys.executable, "-c", "raise SystemExit(3)"), tmp_path / "hear-0")
     with pytest.raises(RuntimeError, match="hear-0 ended with exit code 3"):
         ablations.train([failing])
+
+
+@pytest.mark.slow
+def test_a_variant_is_trained_and_judged_from_the_parts(
+    world: Path, talker_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The recipes run as they are, a step or two each, on untrained parts."""
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed; it comes with datasets")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    monkeypatch.setattr(evaluate, "MOST_STEPS", 12)
+    first = ablations.plan(ablations.VARIANTS[0], tmp_path, kind="llama", scale=0.001)[0].command
+    places = {
+        name: Path(first[first.index(f"--{name}") + 1]) for name in ("base", "encoder", "codec", "data")
+    }
+    for name in ("base", "encoder", "codec"):
+        shutil.copytree(talker_folder / name, places[name])
+    shutil.copytree(world, tmp_path / "world")
+    rows = [json.loads(line) for line in (world / "rows_heldout_seen.jsonl").read_text().splitlines()]
+    for row in rows:
+        for column in ("audio_in", "audio_out"):
+            row[column] = {"bytes": (world / row[column]).read_bytes(), "path": None}
+    places["data"].mkdir()
+    parquet.write_table(pyarrow.Table.from_pylist(rows), places["data"] / "rows.parquet")
+    words = ["--out", str(tmp_path), "--scale", "0.001", "--questions", "2", "--jobs", "1"]
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["ablations.py", *words, "--only", "recipe: as shipped", "decoding: parallel, not batch-parallel"],
+    )
+    ablations.main()
+    results = json.loads((tmp_path / "ablations.json").read_text())
+    assert len(results) == 2
+    for entry in results.values():
+        assert set(ablations.FIGURES) <= set(entry["figures"])
+        assert entry["seconds"] > 0
+    assert len(list((tmp_path / "ablations").glob("*/talker/omni_config.json"))) == 4
+    assert not list((tmp_path / "ablations").glob("*/checkpoints"))
