@@ -44,6 +44,7 @@ from omni_adapter.data.dataset import (
     sample_lengths,
 )
 from omni_adapter.data.rows import Rejects, Row, to_sample
+from omni_adapter.data.sources import licences
 from omni_adapter.errors import ConfigError, MissingDependencyError, OmniError
 from omni_adapter.model import OmniModel
 from omni_adapter.talker import OmniAdapter
@@ -312,10 +313,11 @@ def save_talker(this: Run, settings: TrainSettings) -> None:
             apply_stage(talker, settings)
             _copy_weights(talker, weights)
         include = _parts_to_save(talker, settings)
-        talker.save_pretrained(Path(settings.out) / TALKER_FOLDER, include=include)
+        told = {"include": include, "datasets": licences(this.mixture.specs)}
+        talker.save_pretrained(Path(settings.out) / TALKER_FOLDER, **told)
         if average is not None:
             _copy_weights(talker, average)
-            talker.save_pretrained(Path(settings.out) / AVERAGE_FOLDER, include=include)
+            talker.save_pretrained(Path(settings.out) / AVERAGE_FOLDER, **told)
     this.accelerator.wait_for_everyone()
 
 

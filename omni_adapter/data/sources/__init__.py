@@ -5,7 +5,7 @@ from omni_adapter.data.sources.folders import AudioFolder
 from omni_adapter.data.sources.json_lines import JsonLines
 from omni_adapter.data.sources.open import open_source, open_sources, usual_tasks
 from omni_adapter.data.sources.recipe import Part, Recipe
-from omni_adapter.data.sources.registry import SOURCES, choose
+from omni_adapter.data.sources.registry import SOURCES, choose, licences
 from omni_adapter.data.sources.spec import PLAN_FILE, TOTALS_FILE, Source, SourceSpec, mix, rename
 from omni_adapter.data.sources.tables import Stream, Table
 
@@ -23,6 +23,7 @@ __all__ = [
     "Stream",
     "Table",
     "choose",
+    "licences",
     "mix",
     "open_source",
     "open_sources",

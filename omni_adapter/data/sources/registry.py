@@ -9,7 +9,7 @@ Settings in, recipe and part out. Knows nothing of files but whether one is ther
 Names win over data sets of the Hub, files over names.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from omni_adapter.data.sources.adapt import Chosen
@@ -55,6 +55,23 @@ def choose(spec: SourceSpec) -> Chosen | None:
     if advice.startswith("did you mean"):
         raise DataError(f"no file or published data set is called {name!r}; {advice}")
     return None
+
+
+def licences(specs: Iterable[SourceSpec]) -> dict[str, str]:
+    """Return what is public of a mixture: ids or names of its data sets, and the licence of each.
+
+    Files of one's own are left out: what they are called is nobody's business.
+    """
+    found: dict[str, str] = {}
+    for spec in specs:
+        chosen = choose(spec)
+        if chosen is not None:
+            name = chosen.part.hub_id or chosen.recipe.hub_id
+            if name is not None or chosen.recipe is not AUDIO_TEXT:
+                found[name or chosen.recipe.name] = chosen.recipe.licence
+        elif spec.path.count("/") == 1 and "*" not in spec.path and not Path(spec.path).exists():
+            found[spec.path] = "see its card"
+    return found
 
 
 def hint(spec: SourceSpec) -> str:

@@ -1,5 +1,6 @@
 """What the README says of VoiceAssistant-400K runs: its commands as they stand, on the miniature."""
 
+import json
 import re
 import shlex
 import shutil
@@ -62,6 +63,8 @@ def test_training_commands_train(command, folder, hub, question, capsys):
         assert "tried one step" in said
         return
     assert len(read_log(folder / "runs" / "anneal")) == 1
+    learned = json.loads((folder / "runs" / "anneal" / "talker" / "datasets.json").read_text())
+    assert learned == {"gpt-omni/VoiceAssistant-400K": SOURCES["voiceassistant-400k"].licence}
     (talk,) = (command for command in COMMANDS if command[0] == "omni-adapter")
     if command[-1] == "voiceassistant-400k":
         shutil.copy(question, folder / "question.wav")
