@@ -115,7 +115,7 @@ def test_a_step_of_stage_3_learns(talker_folder, question, lm_mode):
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     assert losses == sorted(losses, reverse=True)
     for group in ("audio_adapter", "code_embedding", "tts_blocks", "code_heads"):
         assert any(parameter.requires_grad for parameter in model.groups()[group].values())
