@@ -117,7 +117,9 @@ def prepare(  # noqa: PLR0913 - one option each
     encoder: Annotated[
         str | None, typer.Option(help="audio encoder: keep its frames of questions too")
     ] = None,
-    padding: Annotated[str, typer.Option(help="the talker's: true_length, window or mini_omni")] = "true_length",
+    padding: Annotated[
+        str, typer.Option(help="the talker's: true_length, window, mini_omni")
+    ] = "true_length",
     speak: Annotated[
         list[str] | None, typer.Option(help="audio_in or audio_out: speak it where missing")
     ] = None,
