@@ -13,9 +13,10 @@ import pytest
 import torch
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 from examples.untrained_talker import make_parts
-from omni_adapter import BackboneError, CheckpointError, ConfigError, OmniAdapter, SnacCodec, hub
+from omni_adapter import BackboneError, CheckpointError, ConfigError, OmniAdapter, SnacCodec, cli, hub
 from omni_adapter.model_card import read_license
 from tests.fake_hub import TOKEN, FakeHub
 
@@ -445,6 +446,29 @@ def test_a_saved_folder_is_pushed_with_what_was_measured_since(server, wrapped, 
     assert 'from_pretrained("me/talker")' in card
     wrap().push_to_hub("me/talker", token=TOKEN)  # another talker: nothing was measured of it
     assert server.repos["me/talker"].files.keys() == {".gitattributes", *OWN_FILES}
+
+
+def test_the_command_pushes_a_saved_folder(server, wrapped, tmp_path, monkeypatch):
+    wrapped.save_pretrained(tmp_path / "talker", datasets={"org/speech": "cc-by-4.0"})
+    words = ["push", str(tmp_path / "talker"), "me/talker", "--private", "--message", "First"]
+    refused = CliRunner().invoke(cli.app, words)
+    assert refused.exit_code == 2
+    assert "the talker was not pushed to me/talker" in " ".join(refused.stderr.split())
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    done = CliRunner().invoke(cli.app, words)
+    assert done.exit_code == 0, done.stderr
+    repo = server.repos["me/talker"]
+    assert (repo.messages, repo.private) == (["initial commit", "First"], True)
+    assert f"/me/talker/commit/{repo.branches['main']}" in done.stderr
+    assert repo.files.keys() == {".gitattributes", "datasets.json", *OWN_FILES}
+    assert OmniAdapter.from_pretrained("me/talker", token=TOKEN).config == wrapped.config
+    for folder, message in (
+        (tmp_path, "so no talker was saved there"),
+        ("nowhere", "there is no folder nowhere"),
+    ):
+        empty = CliRunner().invoke(cli.app, ["push", str(folder), "me/talker"])
+        assert empty.exit_code == 2
+        assert message in " ".join(empty.stderr.split())
 
 
 def test_a_card_that_its_owner_wrote_is_pushed_as_it_is(server, wrapped, tmp_path):

@@ -22,8 +22,8 @@ from omni_adapter.hub.files import (
     read_datasets,
     read_figures,
 )
-from omni_adapter.hub.loading import read_config
-from omni_adapter.hub.options import HUB_ERRORS
+from omni_adapter.hub.loading import fetch_folder, read_config
+from omni_adapter.hub.options import HUB_ERRORS, HubOptions
 from omni_adapter.model_card import (
     CARD_FILE,
     SAMPLE_SUFFIXES,
@@ -65,7 +65,9 @@ def push_folder(folder: Path, repo_id: str, *, options: PushOptions) -> str:
         CheckpointError: if the folder holds no talker or a part is a folder of this machine; if the Hub
             refuses, the connection breaks, or the repository changes meanwhile.
     """
-    config = read_config(folder)
+    if not folder.is_dir():
+        raise CheckpointError(f"there is no folder {folder}; pass one in which a talker was saved")
+    config = read_config(fetch_folder(folder, options=HubOptions()))
     _check_shareable(config)
     files = _own_files(folder)
     contents: dict[str, Path | bytes] = {**files, CARD_FILE: _card(folder, repo_id, config, files)}

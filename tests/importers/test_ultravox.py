@@ -9,13 +9,16 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
+from typer.testing import CliRunner
 
 from examples.untrained_talker import make_parts
-from omni_adapter import CheckpointError, ConfigError, OmniAdapter, SnacCodec
+from omni_adapter import CheckpointError, ConfigError, OmniAdapter, SnacCodec, cli
+from omni_adapter.config import AudioAdapterConfig
 from omni_adapter.data.collator import collate
 from omni_adapter.importers import ImportOptions, import_talker
-from omni_adapter.importers.port import Source
-from omni_adapter.importers.ultravox import UltravoxImporter
+from omni_adapter.importers.port import Source, load_weights
+from omni_adapter.importers.ultravox import UltravoxConfig, UltravoxImporter, adapter_weights
+from omni_adapter.modules.audio_adapter import AudioAdapter
 
 SHORT = {"max_new_tokens": 12}
 WIDTH, FRAME_WIDTH = 64, 32  # of the small base, of the small encoder
@@ -276,6 +279,39 @@ def test_sharded_weights_are_found_by_their_index(tmp_path, parts):
     index.write_text(json.dumps({"weight_map": {"language_model.model.norm.weight": "x"}}))
     with pytest.raises(CheckpointError, match="holds weights of its language model"):
         imported(folder, parts)
+
+
+def test_the_command_imports_and_the_talker_answers(tmp_path, parts, question):
+    folder, out = write_checkpoint(tmp_path / "published", parts), tmp_path / "talker"
+    words = ["import", "ultravox", str(folder), "--codec", str(parts["codec"]), "--out", str(out)]
+    done = CliRunner().invoke(cli.app, words)
+    assert done.exit_code == 0, done.stderr
+    asked = ["talk", str(question), "--no-speech", "--json", "--max-new-tokens", "12", "--model", str(out)]
+    reply = CliRunner().invoke(cli.app, asked)
+    assert (
+        json.loads(reply.stdout)["text"] == imported(folder, parts).chat(question, speak=False, **SHORT).text
+    )
+
+
+@pytest.mark.slow
+def test_the_projector_of_true_width():
+    """v0.5 for a base of width 2048: 8 frames of 1280, 4096 inside."""
+    config = UltravoxConfig(projector_ln_mid=True)
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"ln_pre": (10240,), "linear_1": (4096, 10240), "ln_mid": (2048,), "linear_2": (2048, 2048)}
+    state = {
+        f"multi_modal_projector.{name}.weight": torch.randn(shape, generator=generator) * shape[-1] ** -0.5
+        for name, shape in shapes.items()
+    }
+    settings = AudioAdapterConfig(stack=8, norms=("in", "hidden"))
+    adapter = AudioAdapter(in_width=1280, out_width=2048, hidden_width=config.inside, rms=1, config=settings)
+    load_weights(adapter, adapter_weights(state, config), source="test")
+    frames = torch.randn(1, 27, 1280, generator=generator)
+    reference = Reference(state, Version(hidden_size=4096), parts=make_parts())
+    expected = reference.project(frames[0])
+    with torch.no_grad():
+        difference = (adapter(frames)[0] - expected).abs().max()
+    assert float(difference / expected.abs().max()) < 1e-4
 
 
 @pytest.mark.parametrize(
