@@ -183,6 +183,8 @@ class OmniConfig:
 
     Args:
         base: the language model.
+        base_adapter: an adapter of PEFT that the language model came with.
+        merge_base_adapter: whether that is added to its weights; otherwise it stays beside them.
         encoder: the audio encoder.
         codec: the codec.
         codec_spec: geometry of the codec.
@@ -217,6 +219,8 @@ class OmniConfig:
     encoder_width: Positive
     encoder_stride: Positive
     text_end_ids: tuple[NotNegative, ...]
+    base_adapter: PartRef | None = None
+    merge_base_adapter: bool = False
     fusion: Fusion = "add"
     prompt_format: PromptFormat = "chat"
     text_marks: TextMarks | None = None

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from omni_adapter.audio.clips import Clips
-from omni_adapter.backbone import Backbone
+from omni_adapter.backbone import Backbone, is_lora
 from omni_adapter.config import OmniConfig
 from omni_adapter.errors import ConfigError, PromptError
 from omni_adapter.modules.audio_adapter import AudioAdapter
@@ -249,5 +249,5 @@ def _group_of(name: str) -> str:
     """Weight group of the parameter called ``name``."""
     top = name.split(".", 1)[0]
     if top == "backbone":
-        return "lora" if ".lora_" in name else "language_model"
+        return "lora" if is_lora(name) else "language_model"
     return top

@@ -19,7 +19,7 @@ from omni_adapter import hub
 from omni_adapter.audio.codec import Codec
 from omni_adapter.audio.features import LogMel
 from omni_adapter.audio.waveform import AudioSource
-from omni_adapter.backbone import Backbone
+from omni_adapter.backbone import Backbone, take_adapter
 from omni_adapter.config import OmniConfig, dump, parse
 from omni_adapter.data.layout import get_task
 from omni_adapter.data.processor import Message, OmniProcessor, find_text_end_ids, tokenizer_fingerprint
@@ -86,7 +86,8 @@ class OmniAdapter:
         """Graft hearing and speech onto a causal LM. Its weights, embeddings and vocabulary stay as they are.
 
         Args:
-            base: Hub id, folder, or a loaded causal LM of transformers.
+            base: Hub id, folder, or a loaded causal LM of transformers; or an adapter of PEFT in any of these
+                forms, with its base.
             encoder: Hub id, folder, a checkpoint file of the ``whisper`` package, or a loaded Whisper model.
             codec: Hub id or folder of a SNAC model, or any object with the members of ``Codec``.
             tts_layers: transformer blocks between the LM and the code heads.
@@ -98,22 +99,32 @@ class OmniAdapter:
             seed: of the new weights.
             **settings: where to look, as in transformers: ``revision`` (of the base), ``token``,
                 ``cache_dir``, ``local_files_only``; how to load the base: ``dtype``, ``device_map``,
-                ``attn_implementation``, ``quantization_config``, …; and any other key of
-                :class:`OmniConfig`: ``audio_adapter``, ``tts``, ``delay``, ``encoder_padding``,
-                ``prompt_format``, ``text_marks``.
+                ``attn_implementation``, ``quantization_config``, …; ``base_adapter``, the Hub id or folder of
+                an adapter of PEFT to put onto the base, which stays beside its weights and never learns, so
+                that text comes out as PEFT has it, or with ``merge_base_adapter`` is added to them; and any
+                other key of :class:`OmniConfig`: ``audio_adapter``, ``tts``, ``delay``, ``encoder_padding``,
+                ``prompt_format``, ``text_marks``, ``code_rule``.
 
         Raises:
             BackboneError: if the base lacks something that hearing or speaking needs; the message names it.
             ConfigError: if a setting is unknown or has a wrong value.
         """
         options, lm_arguments, settings = hub.sort_arguments(settings)
+        adapter, merge = settings.pop("base_adapter", None), settings.pop("merge_base_adapter", False)
+        based = hub.split_base(base, base_adapter=adapter, options=options)
         lm, tokenizer, base_ref = hub.load_base(
-            base, tokenizer=tokenizer, options=options, lm_arguments=lm_arguments
+            based.base, tokenizer=tokenizer, options=based.options, lm_arguments=lm_arguments
         )
         part_options = replace(options, revision=None)
         audio_encoder, encoder_ref = hub.load_encoder(encoder, options=part_options)
         loaded_codec, codec_ref = hub.load_codec(codec, options=part_options)
         backbone = Backbone(lm)
+        if merge and not based.adapter:
+            raise ConfigError("merge_base_adapter: the base comes with no adapter; pass base_adapter=")
+        if based.adapter and based.ref:
+            carried = backbone.carry(based.adapter, merge=merge)
+            adapter_ref = replace(based.ref, fingerprint=carried.fingerprint())
+            settings |= {"base_adapter": adapter_ref, "merge_base_adapter": merge}
         if text_end_ids is None:
             text_end_ids = find_text_end_ids(tokenizer, _eos_token_ids(lm))
         settings["tts"] = {"layers": tts_layers, **_plain(settings.get("tts", {}))}
@@ -148,6 +159,7 @@ class OmniAdapter:
         encoder: Any = None,
         codec: Any = None,
         tokenizer: Any = None,
+        base_adapter: str | Path | None = None,
         subfolder: str = "",
         **loading: Any,
     ) -> Self:
@@ -160,6 +172,7 @@ class OmniAdapter:
             encoder: likewise for the audio encoder.
             codec: likewise for the codec.
             tokenizer: the base's tokenizer; None loads it.
+            base_adapter: another place of the adapter that the base came with.
             subfolder: folder of the talker inside ``name``.
             **loading: where to look: ``revision`` (of the talker), ``token``, ``cache_dir``,
                 ``local_files_only``; and how to load the base, as for :meth:`wrap`.
@@ -184,6 +197,9 @@ class OmniAdapter:
         )
         config = hub.read_config(folder)
         trusted = Path(name).is_dir()
+        carried = None
+        if base is not None and not isinstance(base, str | Path):
+            base, carried = take_adapter(base)
         lm, tokenizer, _ = hub.load_base(
             base if base is not None else hub.part_location(config.base, folder, trusted=trusted),
             tokenizer=tokenizer,
@@ -192,6 +208,17 @@ class OmniAdapter:
         )
         backbone = Backbone(lm)
         hub.check_fingerprint("base", config.base, _base_fingerprint(backbone, tokenizer))
+        if config.base_adapter is not None:
+            if carried is None:
+                place = base_adapter or hub.part_location(config.base_adapter, folder, trusted=trusted)
+                revision = None if base_adapter else config.base_adapter.revision
+                carried, _ = hub.load_adapter(place, options=replace(options, revision=revision))
+            carried = backbone.carry(carried, merge=config.merge_base_adapter)
+            hub.check_fingerprint("base adapter", config.base_adapter, carried.fingerprint())
+        elif carried is not None or base_adapter is not None:
+            raise CheckpointError(
+                f"{name} was made with a base that carries no adapter; pass the plain base, or wrap this one"
+            )
         audio_encoder, _ = hub.load_encoder(
             encoder if encoder is not None else hub.part_location(config.encoder, folder, trusted=trusted),
             options=replace(options, revision=config.encoder.revision if encoder is None else None),
@@ -382,7 +409,7 @@ class OmniAdapter:
             samples=samples,
             datasets={**self.datasets, **(datasets or {})},
         )
-        self._save(folder, include=include, facts=facts, merged=False)
+        self._save(folder, include=include, facts=facts)
 
     def export(self, folder: str | Path, *, form: str = "merged", name: str | None = None) -> None:
         """Write the whole talker into one folder, which loads by itself, offline.
@@ -407,7 +434,7 @@ class OmniAdapter:
                 "this talker has no LoRA, so there is nothing for PEFT; export it as merged"
             )
         facts = CardFacts(name or Path(folder).resolve().name, self._num_added(), datasets=self.datasets)
-        self._save(Path(folder), include=hub.PARTS, facts=facts, merged=form == "merged")
+        self._save(Path(folder), include=hub.PARTS, facts=facts, merged=form == "merged", whole=True)
 
     def push_to_hub(
         self,
@@ -441,17 +468,34 @@ class OmniAdapter:
         groups = self.model.groups()
         return sum(weight.numel() for group in (*ADDED_GROUPS, "lora") for weight in groups[group].values())
 
-    def _save(self, folder: Path, *, include: Collection[str], facts: CardFacts, merged: bool) -> None:
-        inside = hub.parts_inside(self.config, include)
+    def _save(
+        self,
+        folder: Path,
+        *,
+        include: Collection[str],
+        facts: CardFacts,
+        merged: bool = False,
+        whole: bool = False,
+    ) -> None:
+        """Write the talker; with LoRA ``merged``, as a ``whole`` without adapters of others."""
+        config = self.config
+        backbone = self.model.backbone
+        # A base that is written with the adapter of others in its weights needs no other place for it.
+        folded = "base" in include and (whole or not backbone.stacks)
+        if folded:
+            config = replace(config, base_adapter=None, merge_base_adapter=False)
+        inside = hub.parts_inside(config, include)
+        lm = hub.plain_lm(self.model, lora=merged, adapter=whole) if "base" in inside else backbone.lm
         with hub.replacing(folder) as staging:
             config = hub.save_parts(
                 staging,
                 inside,
-                config=self.config,
-                lm=hub.plain_lm(self.model, merged=merged) if "base" in inside else self.model.backbone.lm,
+                config=config,
+                lm=lm,
                 tokenizer=self.tokenizer,
                 encoder=self.model.audio_encoder,
                 codec=self.codec,
+                adapter=backbone.carried,
             )
             hub.save_added(staging, self.model, config=config, with_lora=not merged)
             self.processor.save_pretrained(staging)

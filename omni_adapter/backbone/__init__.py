@@ -12,6 +12,7 @@ codes, tokenizers or prompts.
     projection.py   hidden states to logits, by the LM's own head
     packing.py      several samples in one row
     lora.py         LoRA: where it can go, on and off, to a folder and back
+    carried.py      an adapter of others that a base comes with
     backbone.py     ``Backbone``, which puts them together
 
 A file imports from those above it.
@@ -19,8 +20,22 @@ A file imports from those above it.
 
 from omni_adapter.backbone.backbone import Backbone
 from omni_adapter.backbone.caches import BackboneCache
+from omni_adapter.backbone.carried import ADAPTER_CONFIG, ADAPTER_FILES, Carried, read_carried, take_adapter
 from omni_adapter.backbone.inspection import inspect_base
+from omni_adapter.backbone.lora import is_lora
 from omni_adapter.backbone.packing import Packing
 from omni_adapter.backbone.runner import BackboneOutput
 
-__all__ = ["Backbone", "BackboneCache", "BackboneOutput", "Packing", "inspect_base"]
+__all__ = [
+    "ADAPTER_CONFIG",
+    "ADAPTER_FILES",
+    "Backbone",
+    "BackboneCache",
+    "BackboneOutput",
+    "Carried",
+    "Packing",
+    "inspect_base",
+    "is_lora",
+    "read_carried",
+    "take_adapter",
+]

@@ -5,6 +5,7 @@ files beside it together: each pass goes the way that this LM takes, and what mu
 is found out when first asked for. Knows nothing of audio, codes, tokenizers or prompts.
 """
 
+import copy
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,8 +20,16 @@ from transformers import PreTrainedModel
 
 from omni_adapter.backbone import caches, inspection, probes, projection
 from omni_adapter.backbone.caches import BackboneCache
+from omni_adapter.backbone.carried import Carried, check_carried, check_unshared, without_copies
 from omni_adapter.backbone.inspection import class_name
-from omni_adapter.backbone.lora import Lora, copy_weights, find_targets, make_config, read_config
+from omni_adapter.backbone.lora import (
+    CARRIED,
+    Lora,
+    copy_weights,
+    find_targets,
+    make_config,
+    read_config,
+)
 from omni_adapter.backbone.packing import Packing, find_packing, keep_apart
 from omni_adapter.backbone.runner import BackboneOutput, Runner, Steps
 from omni_adapter.errors import BackboneError, CheckpointError
@@ -50,6 +59,8 @@ class Backbone(Runner):
     def __init__(self, lm: PreTrainedModel, *, probe: bool = True) -> None:
         super().__init__(lm)
         self._lora: Lora | None = None
+        self._beside: Lora | None = None
+        self._carried: Carried | None = None
         with torch.no_grad():
             self.width: int = probes.sample(self, steps=1).shape[-1]
         self.vocab_size = inspection.vocab_size(lm)
@@ -213,6 +224,62 @@ class Backbone(Runner):
         """Whether several steps at once after a cache come out as they do one by one."""
         return probes.chunks_are_exact(self)
 
+    # --- an adapter of others ---
+
+    @property
+    def carried(self) -> Carried | None:
+        """The adapter that the base came with, None if it had none."""
+        return self._carried
+
+    @property
+    def stacks(self) -> bool:
+        """Whether that adapter lies beside the base's weights, where it never learns, and not in them."""
+        return self._beside is not None
+
+    def carry(self, adapter: Carried, *, merge: bool = False) -> Carried:
+        """Put an adapter of others onto the base, before any LoRA of ours.
+
+        Args:
+            adapter: what ``take_adapter`` or ``read_carried`` gave.
+            merge: add it to the base's weights for good; otherwise it stays beside them, frozen, and the LM
+                computes what PEFT does.
+
+        Returns:
+            The adapter, without copies of the base's weights that it brought along.
+
+        Raises:
+            BackboneError: if it cannot be carried so, or does not fit the base; the text says what to do.
+        """
+        assert self._lora is None
+        assert self._carried is None
+        check_carried(adapter, self.lm, merge=merge, quantized=self.is_quantized)
+        adapter = without_copies(adapter, self.lm)
+        try:
+            carried = Lora(self.lm, copy.deepcopy(adapter.config), name=CARRIED)
+        except ValueError as error:  # what PEFT says of settings that fit no layer
+            raise BackboneError(f"the adapter does not fit {class_name(self.lm)}: {error}") from error
+        try:
+            carried.load(adapter.weights)
+            if merge:
+                check_unshared(self.lm, carried.targets)
+        except BackboneError:
+            carried.drop()
+            raise
+        if merge:
+            carried.merge()
+        else:
+            carried.freeze()
+            self._beside = carried
+        self._carried = adapter
+        return adapter
+
+    def drop_carried(self) -> None:
+        """Take the adapter of others off again; without effect if it was merged."""
+        assert self._lora is None
+        if self._beside:
+            self._beside.drop()
+        self._beside = None
+
     # --- LoRA ---
 
     @property
@@ -254,6 +321,11 @@ class Backbone(Runner):
         Raises:
             BackboneError: if LoRA was added before, or nothing fits ``targets``.
         """
+        if use_dora and self._beside:
+            raise BackboneError(
+                "DoRA rescales whole weights, so that it cannot learn beside the adapter that the base came "
+                "with; use plain LoRA, or wrap the base with merge_base_adapter=True"
+            )
         modules = find_targets(self, targets)
         self._attach_lora(make_config(modules, rank=rank, alpha=alpha, dropout=dropout, use_dora=use_dora))
         logger.info("LoRA of rank %d on %d modules of %s", rank, len(modules), class_name(self.lm))
@@ -265,7 +337,7 @@ class Backbone(Runner):
             raise BackboneError(
                 f"LoRA was added already, to {len(self._lora.targets)} modules of {class_name(self.lm)}"
             )
-        self._lora = Lora(self.lm, config)
+        self._lora = Lora(self.lm, config, beside=self._beside)
         return self._lora
 
     @contextmanager
@@ -321,7 +393,19 @@ class Backbone(Runner):
         self._lora = None
 
     def merge_lora(self) -> None:
-        """Add the LoRA updates to the base's weights for good, and drop LoRA."""
-        if self._lora:
-            self._lora.merge()
-        self._lora = None
+        """Add all LoRA, that of others too, to the base's weights for good, and drop it.
+
+        Raises:
+            BackboneError: if the base is quantised, or a weight that several modules share would change.
+        """
+        lora = self._lora or self._beside
+        if lora is None:
+            return
+        if self.is_quantized:
+            raise BackboneError(
+                f"{class_name(self.lm)} is quantised: merging LoRA would round it to the base's few bits; "
+                "keep it beside the base, or load the talker on the unquantised base first"
+            )
+        check_unshared(self.lm, [*lora.targets, *(self._beside.targets if self._beside else ())])
+        lora.merge()
+        self._lora = self._beside = None

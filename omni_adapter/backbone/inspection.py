@@ -26,6 +26,7 @@ _VOLATILE = (
     "torch_dtype",
     "use_cache",
     "_attn_implementation",
+    "quantization_config",
 )
 """Config keys that say how a model was loaded, not what it is."""
 

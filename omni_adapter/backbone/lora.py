@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_peft_model_state_dict
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -31,8 +32,11 @@ from omni_adapter.tensor_files import read_safetensors
 
 logger = logging.getLogger(__name__)
 
-_ADAPTER = "default"
+OWN = "default"
 """PEFT's name for what is added."""
+
+CARRIED = "carried"
+"""PEFT's name for the adapter that the base came with."""
 
 _TASK = "CAUSAL_LM"
 """PEFT's name for what the base does, by which its ``AutoPeftModelForCausalLM`` knows what to load."""
@@ -44,41 +48,75 @@ class Lora:
     Args:
         lm: gets LoRA, in place.
         config: PEFT's settings.
+        name: PEFT's name for it.
+        beside: LoRA that the LM carries already, and which stays in force.
 
     Attributes:
+        name: PEFT's name for it.
         targets: names of the modules that carry LoRA.
     """
 
-    def __init__(self, lm: PreTrainedModel, config: LoraConfig) -> None:
-        self._lm = lm
-        self._peft = get_peft_model(lm, config, adapter_name=_ADAPTER)
-        self.targets = tuple(sorted(self._peft.targeted_module_names))
+    def __init__(
+        self, lm: PreTrainedModel, config: PeftConfig, *, name: str = OWN, beside: "Lora | None" = None
+    ) -> None:
+        self._lm, self.name, self._beside = lm, name, beside
+        if beside is None:
+            self._peft = get_peft_model(lm, config, adapter_name=name)
+            self.targets = tuple(sorted(self._peft.targeted_module_names))
+            return
+        self._peft = beside._peft
+        self._peft.add_adapter(name, config)
+        self._activate()
+        layers = linear_layers(lm)
+        self.targets = tuple(
+            sorted(key for key, layer in layers.items() if name in getattr(layer, "lora_A", ()))
+        )
 
     @property
     def config(self) -> LoraConfig:
         """PEFT's settings."""
-        config = self._peft.peft_config[_ADAPTER]
+        config = self._peft.peft_config[self.name]
         assert isinstance(config, LoraConfig)
         return config
+
+    def freeze(self) -> None:
+        """Let none of its weights learn."""
+        for weight in self._parameters().values():
+            weight.requires_grad_(False)
+
+    def _activate(self) -> None:
+        """Put this LoRA in force beside the one that was there; only this one learns."""
+        assert self._beside is not None
+        self._peft.base_model.set_adapter([self._beside.name, self.name])
+        self._beside.freeze()
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """Run the base's own weights inside; what learns stays what learns."""
         flags = [(parameter, parameter.requires_grad) for parameter in self._lm.parameters()]
         try:
-            with self._peft.disable_adapter():
+            if self._beside is None:
+                with self._peft.disable_adapter():
+                    yield
+            else:
+                self._peft.base_model.set_adapter(self._beside.name)
                 yield
         finally:
+            if self._beside is not None:
+                self._activate()
             for parameter, flag in flags:
                 parameter.requires_grad_(flag)
 
     def weights(self) -> dict[str, Tensor]:
         """The live weights, under their names in the LM without that of PEFT's adapter."""
-        infix = f".{_ADAPTER}."
+        return {name: parameter.detach() for name, parameter in self._parameters().items()}
+
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        infix = re.compile(rf"\.{re.escape(self.name)}(?=\.|$)")
         return {
-            name.replace(infix, "."): parameter.detach()
+            infix.sub("", name): parameter
             for name, parameter in self._lm.named_parameters()
-            if "lora_" in name and infix in name
+            if "lora_" in name and infix.search(name)
         }
 
     def save(self, folder: Path, *, base: str | None, revision: str | None) -> None:
@@ -105,25 +143,42 @@ class Lora:
         Raises:
             CheckpointError: if the file is broken or its tensors do not fit.
         """
-        own = self._file_weights()  # the live ones: PEFT's loader renames those of some mixtures of experts
-        expected = {name: tuple(weight.shape) for name, weight in own.items()}
-        weights = read_safetensors(folder / SAFETENSORS_WEIGHTS_NAME, expected=expected)
-        copy_weights(weights, into=own, name=class_name(self._lm))
+        expected = {name: tuple(weight.shape) for name, weight in self._file_weights().items()}
+        self.load(read_safetensors(folder / SAFETENSORS_WEIGHTS_NAME, expected=expected))
+
+    def load(self, weights: Mapping[str, Tensor]) -> None:
+        """Take weights over, under their names in PEFT's files.
+
+        Raises:
+            BackboneError: if names or shapes differ.
+        """
+        # Into the live ones: PEFT's loader renames those of some mixtures of experts.
+        copy_weights(weights, into=self._file_weights(), name=class_name(self._lm))
 
     def _file_weights(self) -> dict[str, Tensor]:
         """The live weights, under their names in PEFT's files."""
         weights: dict[str, Tensor] = get_peft_model_state_dict(
-            self._peft, adapter_name=_ADAPTER, save_embedding_layers=False
+            self._peft, adapter_name=self.name, save_embedding_layers=False
         )
         return {name: weight.detach() for name, weight in weights.items()}
 
     def drop(self) -> None:
         """Take LoRA off again and leave the base's weights as they were. Nothing else may be called after."""
-        self._peft.unload()
+        if self._beside is None:
+            self._peft.unload()
+            return
+        self._peft.delete_adapter(self.name)
+        self._peft.base_model.set_adapter(self._beside.name)
+        self._beside.freeze()
 
     def merge(self) -> None:
-        """Add the updates to the base's weights for good, and take LoRA off."""
+        """Add the updates, those beside it too, to the base's weights for good, and take all LoRA off."""
         self._peft.merge_and_unload()
+
+
+def is_lora(name: str) -> bool:
+    """Whether the parameter of an LM that is called ``name`` is LoRA of ours, not of an adapter of others."""
+    return ".lora_" in name and not re.search(rf"\.{CARRIED}(\.|$)", name)
 
 
 def copy_weights(weights: Mapping[str, Tensor], *, into: Mapping[str, Tensor], name: str) -> None:
@@ -194,6 +249,7 @@ def find_targets(runner: Runner, targets: str | Sequence[str]) -> dict[str, nn.M
         BackboneError: if there is none.
     """
     modules = _trainable(runner) if targets == "all-linear" else _named(runner.lm, targets)
+    modules = {name: _own_layer(module) for name, module in modules.items()}
     if not modules:
         raise BackboneError(
             f"no linear layer of {class_name(runner.lm)} fits LoRA targets {targets!r}; name some of its own"
@@ -201,8 +257,20 @@ def find_targets(runner: Runner, targets: str | Sequence[str]) -> dict[str, nn.M
     return modules
 
 
-def _linear_layers(modules: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    return {name: module for name, module in modules.items() if isinstance(module, (nn.Linear, Conv1D))}
+def linear_layers(lm: PreTrainedModel) -> dict[str, nn.Module]:
+    """Linear layers of an LM by name, with LoRA or without; those that LoRA itself is made of are none."""
+    modules = dict(lm.named_modules())
+    inside = tuple(f"{name}." for name, module in modules.items() if isinstance(module, BaseTunerLayer))
+    return {
+        name: module
+        for name, module in modules.items()
+        if isinstance(_own_layer(module), (nn.Linear, Conv1D)) and not name.startswith(inside)
+    }
+
+
+def _own_layer(module: nn.Module) -> nn.Module:
+    """The LM's own layer in a module that may carry LoRA."""
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
 def _named(lm: PreTrainedModel, targets: str | Sequence[str]) -> dict[str, nn.Module]:
@@ -210,7 +278,7 @@ def _named(lm: PreTrainedModel, targets: str | Sequence[str]) -> dict[str, nn.Mo
     suffixes = (targets,) if isinstance(targets, str) else tuple(targets)
     return {
         name: module
-        for name, module in _linear_layers(dict(lm.named_modules())).items()
+        for name, module in linear_layers(lm).items()
         if any(name == suffix or name.endswith(f".{suffix}") for suffix in suffixes)
     }
 
@@ -222,7 +290,7 @@ def _trainable(runner: Runner) -> dict[str, nn.Module]:
     theirs alone: merging would add to a shared one several times.
     """
     modules = dict(runner.lm.named_modules())
-    linear = _linear_layers(modules)
+    linear = linear_layers(runner.lm)
     learning = _learning(runner, modules)
     owners = Counter(id(weight_of(module)) for module in linear.values())
     head = find_head(runner.lm)

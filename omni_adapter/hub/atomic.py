@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from omni_adapter.errors import CheckpointError
-from omni_adapter.hub.files import CONFIG_FILE, FACT_FILES, LORA_FOLDER, PARTS, read_json
+from omni_adapter.hub.files import BASE_ADAPTER, CONFIG_FILE, FACT_FILES, LORA_FOLDER, PARTS, read_json
 from omni_adapter.model_card import SAMPLES_FOLDER
 
 _STAGING = ".saving"  # files of a save that is being written
@@ -83,7 +83,7 @@ def _retiring(folder: Path, staging: Path) -> set[str]:
     own = {*FACT_FILES, LORA_FOLDER, SAMPLES_FOLDER} if (folder / CONFIG_FILE).is_file() else set()
     if own:
         earlier = read_json(folder / CONFIG_FILE)
-        references = {part: earlier.get(part) for part in PARTS}
+        references = {part: earlier.get(part) for part in (*PARTS, BASE_ADAPTER)}
         own |= {
             part for part, ref in references.items() if isinstance(ref, dict) and ref.get("id") == f"./{part}"
         }

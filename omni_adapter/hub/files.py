@@ -18,6 +18,7 @@ DATASETS_FILE = "datasets.json"
 FACT_FILES = (EVALUATION_FILE, DATASETS_FILE)
 LORA_FOLDER = "lora"
 PARTS = ("base", "encoder", "codec")
+BASE_ADAPTER = "base_adapter"
 PART_SUFFIXES = ("safetensors", "json", "jinja", "txt", "model")
 
 _MAX_JSON_BYTES = 1 << 20

@@ -13,6 +13,7 @@ from omni_adapter.config import FORMAT_VERSION, OmniConfig, PartRef, parse
 from omni_adapter.errors import CheckpointError
 from omni_adapter.hub.atomic import recover
 from omni_adapter.hub.files import (
+    BASE_ADAPTER,
     CONFIG_FILE,
     DATASETS_FILE,
     FEATURES_FILE,
@@ -110,8 +111,9 @@ def part_location(ref: PartRef, folder: Path, *, trusted: bool) -> str | Path:
     if not ref.id:
         raise CheckpointError(f"{source} names no id for one of its parts; pass it as an argument")
     if ref.id.startswith("./"):
-        if ref.id[2:] not in PARTS:
-            raise CheckpointError(f"{source}: {ref.id!r} is not one of {', '.join(PARTS)} inside the folder")
+        inside = (*PARTS, BASE_ADAPTER)
+        if ref.id[2:] not in inside:
+            raise CheckpointError(f"{source}: {ref.id!r} is not one of {', '.join(inside)} inside the folder")
         return folder / ref.id[2:]
     if Path(ref.id).is_absolute() and trusted:
         if not Path(ref.id).exists():
@@ -151,7 +153,7 @@ def _download(name: str, options: HubOptions, inside: PurePosixPath, without: Co
         WEIGHTS_FILE,
         FEATURES_FILE,
         DATASETS_FILE,
-        *(f"{part}/*.{suffix}" for part in (LORA_FOLDER, *parts) for suffix in PART_SUFFIXES),
+        *(f"{part}/*.{suffix}" for part in (LORA_FOLDER, BASE_ADAPTER, *parts) for suffix in PART_SUFFIXES),
     ]
     options = options.pinned(name)
     try:

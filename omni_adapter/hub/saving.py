@@ -16,9 +16,11 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from omni_adapter.audio.codec import Codec
+from omni_adapter.backbone import Carried
 from omni_adapter.config import OmniConfig, PartRef, dump
 from omni_adapter.errors import CheckpointError
 from omni_adapter.hub.files import (
+    BASE_ADAPTER,
     CONFIG_FILE,
     DATASETS_FILE,
     EVALUATION_FILE,
@@ -40,10 +42,12 @@ def parts_inside(config: OmniConfig, include: Collection[str]) -> tuple[str, ...
     Raises:
         CheckpointError: if a part is unknown, or one that is not written has no name to refer to.
     """
-    unknown = set(include) - set(PARTS)
+    adapter = config.base_adapter
+    known = (*PARTS, BASE_ADAPTER) if adapter else PARTS
+    unknown = set(include) - set(known)
     if isinstance(include, str) or unknown:
         raise CheckpointError(
-            f"parts that can be saved are {', '.join(PARTS)}, got "
+            f"parts that can be saved are {', '.join(known)}, got "
             f"{include if isinstance(include, str) else ', '.join(sorted(unknown))}"
         )
     inside = [part for part in PARTS if part in include or getattr(config, part).id.startswith("./")]
@@ -53,12 +57,16 @@ def parts_inside(config: OmniConfig, include: Collection[str]) -> tuple[str, ...
                 f"the {part} came as a loaded model without a name, so it cannot be referred to; "
                 f"pass include=({part!r},) to save it beside, or wrap it by its Hub id"
             )
+    # An adapter is small: it is saved beside without being asked for where it has no name.
+    wanted = BASE_ADAPTER in include or "base" in inside
+    if adapter and (wanted or not adapter.id or adapter.id.startswith("./")):
+        inside.append(BASE_ADAPTER)
     return tuple(inside)
 
 
 def save_parts(
     folder: Path, names: Collection[str], *, config: OmniConfig, lm: PreTrainedModel, tokenizer: Any,
-    encoder: AudioEncoder, codec: Codec,
+    encoder: AudioEncoder, codec: Codec, adapter: Carried | None = None,
 ) -> OmniConfig:  # fmt: skip
     """Write whole parts beside the added weights and return a config that refers to them."""
     if "base" in names:
@@ -68,6 +76,10 @@ def save_parts(
         encoder.save_pretrained(folder / "encoder")
     if "codec" in names:
         codec.save_pretrained(folder / "codec")
+    if BASE_ADAPTER in names:
+        assert adapter is not None
+        base = hub_id(config.base)
+        adapter.save(folder / BASE_ADAPTER, base=base, revision=config.base.revision if base else None)
     moved: dict[str, Any] = {part: _moved(getattr(config, part), f"./{part}") for part in names}
     return replace(config, **moved)
 
@@ -98,15 +110,28 @@ def save_card(folder: Path, *, config: OmniConfig, facts: CardFacts) -> None:
     write_model_card(folder, config=config, facts=facts)
 
 
-def plain_lm(model: OmniModel, *, merged: bool) -> PreTrainedModel:
-    """Return the LM as transformers made it, LoRA merged or left out; a copy if there is LoRA."""
-    if not model.backbone.has_lora:
+def plain_lm(model: OmniModel, *, lora: bool, adapter: bool) -> PreTrainedModel:
+    """Return the LM as plain transformers knows it; a copy if something must be taken out for that.
+
+    Args:
+        model: the talker's model.
+        lora: merge our LoRA, and with it the adapter of others; else it is left out.
+        adapter: merge that adapter in any case; else it is left out as well.
+
+    Raises:
+        BackboneError: if the base is quantised, so that nothing can be merged.
+    """
+    if not (model.backbone.has_lora or model.backbone.stacks):
         return model.backbone.lm
     backbone = copy.deepcopy(model.backbone)
-    if merged:
+    if lora:
+        backbone.merge_lora()
+        return backbone.lm
+    backbone.drop_lora()
+    if adapter:
         backbone.merge_lora()
     else:
-        backbone.drop_lora()
+        backbone.drop_carried()
     return backbone.lm
 
 

@@ -12,6 +12,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from omni_adapter.config import OmniConfig
 from omni_adapter.errors import CheckpointError
 from omni_adapter.hub.files import (
+    BASE_ADAPTER,
     CONFIG_FILE,
     FACT_FILES,
     FEATURES_FILE,
@@ -34,7 +35,7 @@ from omni_adapter.model_card import (
 )
 from omni_adapter.tensor_files import num_elements
 
-_OWN_FOLDERS = (LORA_FOLDER, SAMPLES_FOLDER, *PARTS)
+_OWN_FOLDERS = (LORA_FOLDER, SAMPLES_FOLDER, *PARTS, BASE_ADAPTER)
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def _own_files(folder: Path) -> dict[str, Path]:
     """Files that belong to the talker in ``folder``, by their names in a repository."""
     patterns = [
         *(CONFIG_FILE, WEIGHTS_FILE, FEATURES_FILE, *FACT_FILES),
-        *(f"{part}/*.{suffix}" for part in (LORA_FOLDER, *PARTS) for suffix in PART_SUFFIXES),
+        *(f"{part}/*.{suffix}" for part in (LORA_FOLDER, BASE_ADAPTER, *PARTS) for suffix in PART_SUFFIXES),
         *(f"{SAMPLES_FOLDER}/*{suffix}" for suffix in SAMPLE_SUFFIXES),
     ]
     found = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
@@ -136,8 +137,9 @@ def _stale_files(present: Collection[str], new: Collection[str]) -> list[str]:
 
 
 def _check_shareable(config: OmniConfig) -> None:
-    for part in PARTS:
-        name = getattr(config, part).id
+    for part in (*PARTS, BASE_ADAPTER):
+        ref = getattr(config, part)
+        name = ref.id if ref else ""
         if Path(name).is_absolute():
             raise CheckpointError(
                 f"the {part} is {name} on this machine, which others cannot load; "

@@ -144,6 +144,11 @@ def prepare_stage(
     backbone = model.backbone
     if "language_model" in groups and backbone.is_quantized:
         raise ConfigError("the base is quantised, and such weights cannot learn; use lm_mode 'lora' (QLoRA)")
+    if "language_model" in groups and backbone.stacks:
+        raise ConfigError(
+            "the base carries an adapter beside its weights; wrap it with merge_base_adapter=True before it "
+            "learns fully, or use lm_mode 'lora'"
+        )
     if "language_model" in groups and backbone.has_lora:
         raise ConfigError(
             "the base carries LoRA from an earlier stage; merge it before the base learns fully"
