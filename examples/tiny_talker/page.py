@@ -2,15 +2,23 @@
 
 The figures of ``evaluate.py`` and some sounds in; ``report.md``'s text, ``index.html`` and ``sounds/`` out.
 Knows nothing of talkers.
+
+    python examples/tiny_talker/page.py build/tiny/report-*/report.json      # several talkers in one table
 """
 
+import argparse
 import html
+import json
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import soundfile
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
 from judge import Clip
 
 from omni_adapter.training.log import read_log
@@ -95,6 +103,15 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
         yield f"| {' | '.join(row)} |"
 
 
+def compare(reports: Sequence[Mapping[str, Any]]) -> str:
+    """Return the figures of several talkers side by side in Markdown; a dash where one was not measured."""
+    columns = [dict(_measures(report)) for report in reports]
+    names = dict.fromkeys(name for column in columns for name in column)
+    head = ("measure", *(Path(report["talker"]).name for report in reports))
+    rows = ((name, *(column.get(name, "-") for column in columns)) for name in names)
+    return "\n".join(_table(head, rows)) + "\n"
+
+
 def _with_interval(entry: Mapping[str, float]) -> str:
     return f"{percent(entry['value'])} ({100 * entry['low']:.1f} to {100 * entry['high']:.1f})"
 
@@ -104,7 +121,10 @@ def _measures(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield f"text answer {name}, exact", _with_interval(entry)
     for name, entry in report["spoken_replies"].items():
         yield f"spoken reply, {name} voices ask, WER", _with_interval(entry["wer"])
-        yield "the same, against the talker's own text, WER", _with_interval(entry["wer_against_own_text"])
+        yield (
+            f"spoken reply, {name} voices ask, WER against the talker's own text",
+            _with_interval(entry["wer_against_own_text"]),
+        )
     ceilings = report["ceilings"]
     yield (
         "ceiling: the synthesizer's voice says the answer, WER",
@@ -292,3 +312,15 @@ def _curves(runs: Mapping[str, Path]) -> Iterator[str]:
         charts = [chart for chart in make_charts(read_log(folder)) if any(chart.curves.values())]
         drawn = "".join(to_svg(draw(chart), title=chart.title) for chart in charts[:3])
         yield f'<h2>Stage {html.escape(name)}</h2><div class="plots">{drawn}</div>'
+
+
+def main() -> None:
+    """Read the command line and print the table."""
+    parser = argparse.ArgumentParser(description="Put the figures of several talkers into one table.")
+    parser.add_argument("reports", nargs="+", type=Path, help="report.json of each")
+    reports = [json.loads(path.read_text(encoding="utf-8")) for path in parser.parse_args().reports]
+    print(compare(reports), end="")
+
+
+if __name__ == "__main__":
+    main()

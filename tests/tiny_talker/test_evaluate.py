@@ -206,6 +206,9 @@ def test_a_report_of_an_untrained_talker_is_whole(
     table = (tmp_path / "report" / "report.md").read_text()
     assert "| text answer from text, exact | 0.0 % (0.0 to 65.8) |" in table
     assert "nan" not in (table + written).lower()
+    both = page.compare([report, {**report, "talker": "build/other", "transcripts": {}}])
+    assert both.startswith("| measure | talker | other |")
+    assert "| transcript of the question, seen voices, WER | 100.0 % (100.0 to 100.0) | - |" in both
 
     figures = json.loads((talker / "evaluation.json").read_text())
     assert figures["exact match of the text answer from text, held-out questions of the tiny world"] == 0
