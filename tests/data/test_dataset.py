@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from omni_adapter.config import parse
@@ -55,6 +55,7 @@ def ids(mixture: Mixture, count: int, start: int = 0) -> list[str]:
     return [mixture.read(position).id for position in range(start, start + count)]
 
 
+@settings(deadline=None)
 @given(st.integers(1, 300), st.integers(0, 2**64))
 def test_shuffling_is_a_permutation(length, key):
     assert sorted(shuffled(i, length=length, key=key) for i in range(length)) == list(range(length))

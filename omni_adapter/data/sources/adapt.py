@@ -5,6 +5,7 @@ Source and recipe in, source out. Knows nothing of files.
 
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -14,6 +15,8 @@ from omni_adapter.data.sources.recipe import Part, Recipe, Rounds, Values, first
 from omni_adapter.data.sources.spec import Source, SourceSpec
 from omni_adapter.data.sources.tables import Stream
 from omni_adapter.errors import DataError, RowError
+
+logger = logging.getLogger(__name__)
 
 _NEEDED = frozenset({"audio_in", "audio_out", "text_in", "text_out", "turns"})
 _NAMES = frozenset({"id", "speaker"})  # numbers in some data sets, text in our schema
@@ -51,6 +54,8 @@ class Chosen:
                 f"{source} is no copy of {self.recipe.name}: it lacks {', '.join(dict.fromkeys(missing))}; "
                 f"found the columns {', '.join(sorted(found))}"
             )
+        for column in self.recipe.foreign_codes.keys() & set(found):
+            logger.info("%s: %s is left out, tokens of another codec", source, column)
         return ours + (("language",) if self.language and "language" not in ours else ())
 
     @property
@@ -111,10 +116,14 @@ class Adapted:
         return len(self._rows)
 
     def __getitem__(self, index: int) -> Mapping[str, Any]:
-        values = self._source[self._rows[index]]
-        row = self._chosen.convert(values)
-        if self._rounds is not None:
-            row["turns"] = self._rounds.earlier(values)
+        number = self._rows[index]
+        values = self._source[number]
+        try:
+            row = self._chosen.convert(values)
+            if self._rounds is not None:
+                row["turns"] = self._rounds.earlier(values)
+        except RowError as error:
+            raise RowError(f"{self.name}, row {number}: {error}", reason=error.reason) from error
         return row
 
     def values(self, column: str) -> Iterator[Any]:
@@ -143,43 +152,6 @@ class Adapted:
         if self._chosen.recipe.row is not None and column not in _NAMES:
             return self._source.columns
         return self._chosen.recipe.columns[column]
-
-
-class AdaptedStream(Stream):
-    """A stream of a published data set, or of a part of it, in our schema.
-
-    Rows that belong to a conversation of several rounds have no earlier rounds to look up, and are rejected.
-
-    Args:
-        stream: the data set as it is published.
-        chosen: recipe and part.
-
-    Raises:
-        DataError: if it is not what its recipe says.
-    """
-
-    def __init__(self, stream: Stream, chosen: Chosen) -> None:
-        self.__dict__.update(stream.__dict__)
-        self._chosen = chosen
-        for names, pattern in chosen.part.where.items():
-            column = _first_there(names, stream.columns, stream.name)
-            self.keep(column, partial(_matches, pattern))
-        self.columns = chosen.columns(stream.columns, source=stream.name)
-
-    def read(self, position: int, attempt: int) -> Mapping[str, Any]:
-        """Return the row at ``position`` of the endless stream, or the one ``attempt`` rows before."""
-        values = super().read(position, attempt)
-        rounds = self._chosen.recipe.rounds
-        if rounds is not None and (number := _number(values.get(rounds.number))) is not None and number > 1:
-            raise RowError(
-                f"round {number} of a conversation needs the rounds before, which a stream cannot look up",
-                reason="bad_turns",
-            )
-        return self._chosen.convert(values)
-
-    def fingerprint(self) -> str:
-        """Return a digest that changes when the data, or what is taken of them, do."""
-        return hashlib.sha256(f"{super().fingerprint()} {self._chosen.name}".encode()).hexdigest()
 
 
 class _Rounds:
@@ -233,10 +205,31 @@ class _Rounds:
 def adapt(source: Source | Stream, chosen: Chosen) -> Source | Stream:
     """Return a published data set in our schema.
 
+    In a stream, rows that belong to a conversation of several rounds have no earlier rounds to look up, and
+    are rejected.
+
     Raises:
         DataError: if it is not what its recipe says, or the part is empty.
     """
-    return AdaptedStream(source, chosen) if isinstance(source, Stream) else Adapted(source, chosen)
+    if not isinstance(source, Stream):
+        return Adapted(source, chosen)
+    for names, pattern in chosen.part.where.items():
+        column = _first_there(names, source.columns, source.name)
+        source.keep(column, partial(_matches, pattern))
+    columns = chosen.columns(source.columns, source=source.name)
+    source.convert(partial(_convert_alone, chosen), columns=columns, name=f"{source.name} as {chosen.name}")
+    return source
+
+
+def _convert_alone(chosen: Chosen, values: Values) -> Values:
+    """One row without the rows around it."""
+    rounds = chosen.recipe.rounds
+    if rounds is not None and (number := _number(values.get(rounds.number))) is not None and number > 1:
+        raise RowError(
+            f"round {number} of a conversation needs the rounds before, which a stream cannot look up",
+            reason="bad_turns",
+        )
+    return chosen.convert(values)
 
 
 def _matching(source: Source, chosen: Chosen) -> Sequence[int]:

@@ -108,6 +108,7 @@ class Stream:
         self.name, self.root = name, root
         self._dataset, self._recordings = _undecoded(dataset)
         self._seed, self._caches = seed, tuple(caches)
+        self._convert: Callable[[Mapping[str, Any]], Mapping[str, Any]] = _as_it_is
         features = dataset.column_names
         self.columns = tuple(features if features is not None else next(iter(self._dataset), {}))
         self._rows: Iterator[Mapping[str, Any]] = iter(())
@@ -125,11 +126,23 @@ class Stream:
             self._next += 1
         if attempt >= len(self._spares):
             raise DataError(f"{self.name}: no usable row among {len(self._spares)} in a row")
-        return _placed(self._spares[-1 - attempt], self._recordings, self._caches)
+        return self._convert(_placed(self._spares[-1 - attempt], self._recordings, self._caches))
 
     def keep(self, column: str, test: Callable[[Any], bool]) -> None:
         """Leave out rows whose value of ``column`` does not pass a test; before the first row is read."""
         self._dataset = self._dataset.filter(test, input_columns=[column])
+
+    def convert(
+        self, row: Callable[[Mapping[str, Any]], Mapping[str, Any]], *, columns: Sequence[str], name: str
+    ) -> None:
+        """Give rows another form.
+
+        Args:
+            row: one row in, one row out.
+            columns: what they have then.
+            name: what to call the source then.
+        """
+        self._convert, self.columns, self.name = row, tuple(columns), name
 
     def _advance(self) -> Mapping[str, Any]:
         for row in self._rows:
@@ -264,6 +277,12 @@ def _load(kind: str, spec: SourceSpec, **arguments: Any) -> Any:
     datasets = _datasets()
     split = "train" if kind in ("parquet", "json") else spec.split
     try:
+        if spec.streaming and "+" in split:  # streams have no sums of splits
+            one_by_one = [
+                datasets.load_dataset(kind, split=name, streaming=True, **arguments)
+                for name in split.split("+")
+            ]
+            return datasets.concatenate_datasets(one_by_one)
         return datasets.load_dataset(kind, split=split, streaming=spec.streaming, **arguments)
     except Exception as error:  # builders raise whatever their formats do
         cause = error.__cause__ or error
@@ -286,6 +305,10 @@ def _undecoded(dataset: Any) -> tuple[Any, tuple[str, ...]]:
     for column in recordings:
         dataset = dataset.cast_column(column, audio(decode=False))
     return dataset, recordings
+
+
+def _as_it_is(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    return row
 
 
 def _placed(row: Mapping[str, Any], recordings: Sequence[str], caches: Sequence[Path]) -> Mapping[str, Any]:

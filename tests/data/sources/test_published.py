@@ -8,8 +8,10 @@ import torch
 
 from omni_adapter.data.collator import collate
 from omni_adapter.data.dataset import Mixture
+from omni_adapter.data.prepare import Preparation, PrepareSettings
 from omni_adapter.data.rows import parse_row, to_sample
 from omni_adapter.data.sources import SOURCES, SourceSpec, choose, open_source, usual_tasks
+from omni_adapter.data.synthesis import make_synthesizer
 from omni_adapter.errors import DataError, RowError
 from omni_adapter.training.loss import TrainingModel
 from omni_adapter.training.stages import prepare_stage
@@ -258,6 +260,32 @@ def test_read_speech_keeps_its_names(hub):
     assert rows_of(SourceSpec("ljspeech"), "asr")[0].text_in.startswith("number ")
     assert rows_of(SourceSpec("multilingual-librispeech:polish"), "asr")[0].language == "pl"
     assert rows_of(SourceSpec("multilingual-librispeech"), "asr")[0].language == "en"
+
+
+def test_parts_of_several_splits_are_streamed_in_turn(hub):
+    spec = SourceSpec("librispeech", task="asr", streaming=True, shuffle=False)
+    mixture = Mixture([spec])
+    table = open_source(SourceSpec("librispeech"))
+    assert [mixture.read(position).id for position in range(9)] == list(table.values("id"))
+
+
+def test_what_is_published_in_writing_can_be_spoken(hub, learner, tmp_path):
+    """Prepare takes names too, and keeps the turns; the result teaches every task."""
+    work = Preparation(
+        SourceSpec("moss-002-sft", limit=2),
+        tmp_path / "spoken",
+        codec=learner.codec,
+        settings=PrepareSettings(speak=("audio_in", "audio_out")),
+        synthesizer=make_synthesizer("espeak-ng"),
+    )
+    work.run(work.pending())
+    assert work.finish().rows == 2
+    written = rows_of(SourceSpec("moss-002-sft", limit=2), "text_to_text")
+    spoken = rows_of(SourceSpec(str(tmp_path / "spoken")), "speech_to_speech")
+    assert [row.text_in for row in spoken] == [row.text_in for row in written[:2]]
+    assert [row.turns for row in spoken] == [row.turns for row in written[:2]]
+    samples = [to_sample(row, learner.processor) for row in spoken]
+    assert 0 < take_step(learner, samples) < 20
 
 
 def test_one_microphone_is_enough(hub):
