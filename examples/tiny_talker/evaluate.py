@@ -71,6 +71,8 @@ class Question(NamedTuple):
         answer_wav: the answer in the synthesizer's own voice.
         wavs: the question as a recording, by key of ``VOICES``.
         voices: who asks it, likewise.
+        codes: the answer in the codec's codes as rows of training have them, K lists; None if the world
+            holds none.
     """
 
     id: str
@@ -82,6 +84,7 @@ class Question(NamedTuple):
     answer_wav: Path
     wavs: Mapping[str, Path]
     voices: Mapping[str, str]
+    codes: Sequence[Sequence[int]] | None = None
 
     def written(self) -> list[Message]:
         """Return the conversation with the question in text."""
@@ -106,11 +109,15 @@ class World(NamedTuple):
 def read_world(folder: Path) -> World:
     """Read the held-out questions and the whole vocabulary from the folder of a world.
 
+    Codes of the answers come from ``rows_heldout_seen_coded.jsonl``, if ``codec.py --encode`` has written it.
+
     Raises:
         FileNotFoundError: if the world was not built there.
     """
     rows = {voices: _read_lines(folder / f"rows_heldout_{voices}.jsonl") for voices in VOICES}
     by_id = {voices: {row["id"]: row for row in rows[voices]} for voices in VOICES}
+    coded = folder / "rows_heldout_seen_coded.jsonl"
+    codes = {row["id"]: row["codes_out"] for row in _read_lines(coded)} if coded.is_file() else {}
     questions = tuple(
         Question(
             id=row["id"],
@@ -122,6 +129,7 @@ def read_world(folder: Path) -> World:
             answer_wav=folder / row["audio_out"],
             wavs={voices: folder / by_id[voices][row["id"]]["audio_in"] for voices in VOICES},
             voices={voices: by_id[voices][row["id"]]["voice"] for voices in VOICES},
+            codes=codes.get(row["id"]),
         )
         for row in rows["seen"]
     )
@@ -204,7 +212,7 @@ def answer_with_lm(folder: Path, questions: Sequence[Question]) -> list[str]:
 
 
 class Ears:
-    """Understands replies and the two ceilings.
+    """Understands replies and ceilings.
 
     Args:
         words: the whole vocabulary.
@@ -232,13 +240,20 @@ def own_voice(talker: OmniAdapter, questions: Sequence[Question]) -> list[Clip]:
 
 @torch.no_grad()
 def resynthesise(talker: OmniAdapter, clips: Iterable[Clip]) -> list[Clip]:
-    """Return clips after the talker's codec."""
+    """Return clips after the encoder and the decoder of the talker's codec."""
     device = talker.model.device
-    made = []
-    for clip in clips:
-        codes = talker.codec.encode(torch.from_numpy(clip.samples).to(device))
-        made.append(Clip(talker.codec.decode(codes[None])[0].float().cpu().numpy(), clip.sampling_rate))
-    return made
+    coded = [talker.codec.encode(torch.from_numpy(clip.samples).to(device)) for clip in clips]
+    return decode(talker, coded)
+
+
+@torch.no_grad()
+def decode(talker: OmniAdapter, coded: Iterable[Tensor]) -> list[Clip]:
+    """Return codes [K, T] as sound."""
+    device = talker.model.device
+    return [
+        Clip(talker.codec.decode(codes[None].to(device))[0].float().cpu().numpy(), talker.sampling_rate)
+        for codes in coded
+    ]
 
 
 def words_of(text: str) -> str:
@@ -259,21 +274,27 @@ class Heard(NamedTuple):
     transcripts: list[Reply]
 
 
+class Ceiling(NamedTuple):
+    """The right answers as sound, and what was understood of them."""
+
+    clips: list[Clip]
+    understood: list[str]
+
+
 class Findings(NamedTuple):
     """Everything a talker said to the questions.
 
     Attributes:
         written: answers in text to questions in text.
         heard: by key of ``VOICES``.
-        own_voice: the right answers in the synthesizer's voice, and what was understood of them.
-        resynthesis: likewise after the codec.
+        ceilings: what no reply can be expected to beat: the right answers in the synthesizer's voice, and
+            after the codec, with what was understood of them.
     """
 
     questions: list[Question]
     written: list[Reply]
     heard: dict[str, Heard]
-    own_voice: tuple[list[Clip], list[str]]
-    resynthesis: tuple[list[Clip], list[str]]
+    ceilings: dict[str, Ceiling]
 
 
 def examine(
@@ -307,17 +328,31 @@ def examine(
         say("listening to the replies")
         heard[name] = Heard(replies, ears.hear(reply_clips(replies)), transcripts)
     say("listening to the synthesizer's own voice, and to it after the codec")
-    voice = own_voice(talker, questions)
-    through_codec = resynthesise(talker, voice)
-    return Findings(
-        questions, written, heard, (voice, ears.hear(voice)), (through_codec, ears.hear(through_codec))
-    )
+    ceilings = {
+        name: Ceiling(clips, ears.hear(clips)) for name, clips in make_ceilings(talker, questions).items()
+    }
+    return Findings(questions, written, heard, ceilings)
+
+
+def make_ceilings(talker: OmniAdapter, questions: Sequence[Question]) -> dict[str, list[Clip]]:
+    """Return the right answers as sound: of the synthesizer, and after the talker's codec.
+
+    ``codec`` has the codes that training has. Where they were made by something better than the codec's own
+    encoder, so that the world holds them, what that encoder makes is a third one.
+    """
+    made = {"synthesizer": own_voice(talker, questions)}
+    again = resynthesise(talker, made["synthesizer"])
+    given = [torch.tensor(question.codes) for question in questions if question.codes is not None]
+    if len(given) < len(questions):
+        return {**made, "codec": again}
+    return {**made, "codec": decode(talker, given), "codec with its own encoder": again}
 
 
 def summarise(found: Findings) -> dict[str, Any]:
     """Return the figures of what a talker said, as JSON."""
     questions, answers = found.questions, [question.answer for question in found.questions]
-    codec = count_word_errors(answers, found.resynthesis[1])
+    ceilings = {name: count_word_errors(answers, made.understood) for name, made in found.ceilings.items()}
+    voice, codec = ceilings["synthesizer"], ceilings["codec"]
     text_answers = {"from text": _right(questions, [reply.text for reply in found.written])}
     spoken, asr = {}, {}
     for name, heard in found.heard.items():
@@ -334,19 +369,18 @@ def summarise(found: Findings) -> dict[str, Any]:
         }
         said = [words_of(reply.text) for reply in heard.transcripts]
         asr[name] = {"wer": _interval(count_word_errors([q.text for q in questions], said).interval())}
-    voice = count_word_errors(answers, found.own_voice[1])
     return {
         "questions": len(questions),
         "kinds": dict(sorted(Counter(question.kind for question in questions).items())),
         "text_answers": text_answers,
         "spoken_replies": spoken,
         "ceilings": {
-            "synthesizer": {"wer": _interval(voice.interval()), "wer_by_kind": _by_kind(questions, voice)},
-            "codec": {
-                "wer": _interval(codec.interval()),
-                "above_synthesizer": _interval(codec.above(voice)),
-                "wer_by_kind": _by_kind(questions, codec),
-            },
+            name: {
+                "wer": _interval(errors.interval()),
+                "above_synthesizer": _interval(errors.above(voice)),
+                "wer_by_kind": _by_kind(questions, errors),
+            }
+            for name, errors in ceilings.items()
         },
         "transcripts": asr,
         "endings": _endings(found),
@@ -481,7 +515,7 @@ def card_figures(report: Mapping[str, Any]) -> dict[str, float]:
             for name, entry in report["spoken_replies"].items()
         },
         **{
-            f"WER of the {name}'s right answer by pocketsphinx, {data}": entry["wer"]["value"]
+            f"WER of the right answer by pocketsphinx ({name}), {data}": entry["wer"]["value"]
             for name, entry in report["ceilings"].items()
         },
         **{
@@ -518,8 +552,7 @@ def make_examples(found: Findings) -> Iterator[Example]:
                     read_waveform(question.wavs[name], sampling_rate=SAMPLING_RATE).numpy(), SAMPLING_RATE
                 ),
                 "reply": Clip(reply.audio, reply.sampling_rate),
-                "synthesizer": found.own_voice[0][place],
-                "codec": found.resynthesis[0][place],
+                **{name: found.ceilings[name].clips[place] for name in ("synthesizer", "codec")},
             },
         )
 
@@ -601,8 +634,7 @@ def _answers(found: Findings) -> Iterator[dict[str, Any]]:
             "question": question.text,
             "expected": question.answer,
             "from text": words_of(found.written[place].text),
-            "synthesizer, understood": found.own_voice[1][place],
-            "codec, understood": found.resynthesis[1][place],
+            **{f"{name}, understood": made.understood[place] for name, made in found.ceilings.items()},
             **{
                 f"{name} voices": {
                     "voice": question.voices[name],

@@ -125,12 +125,8 @@ def _measures(report: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             f"spoken reply, {name} voices ask, WER against the talker's own text",
             _with_interval(entry["wer_against_own_text"]),
         )
-    ceilings = report["ceilings"]
-    yield (
-        "ceiling: the synthesizer's voice says the answer, WER",
-        _with_interval(ceilings["synthesizer"]["wer"]),
-    )
-    yield "ceiling: the same after the codec, WER", _with_interval(ceilings["codec"]["wer"])
+    for name, entry in report["ceilings"].items():
+        yield f"ceiling: the right answer, {name}, WER", _with_interval(entry["wer"])
     for name, entry in report["transcripts"].items():
         yield f"transcript of the question, {name} voices, WER", _with_interval(entry["wer"])
     for name, entry in report["text_ability"].items():

@@ -215,6 +215,29 @@ def test_a_report_of_an_untrained_talker_is_whole(
     assert "pocketsphinx" in (talker / "README.md").read_text()
 
 
+def test_the_ceiling_is_of_the_codes_that_training_has(world: Path, talker, tmp_path: Path) -> None:
+    """The world's codes are what the talker learned to say; the codec's own encoder may be worse."""
+    shutil.copytree(world, tmp_path / "world")
+    questions = evaluate.choose(evaluate.read_world(world).questions, 2)
+    assert set(evaluate.make_ceilings(talker, questions)) == {"synthesizer", "codec"}
+    spec = talker.codec.spec
+    codes = [
+        [(3 * row + frame) % spec.codebook_size for frame in range(5)] for row in range(spec.num_codebooks)
+    ]
+    rows = [
+        {**json.loads(line), "codes_out": codes}
+        for line in (world / "rows_heldout_seen.jsonl").read_text().splitlines()
+    ]
+    (tmp_path / "world" / "rows_heldout_seen_coded.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows)
+    )
+    coded = evaluate.choose(evaluate.read_world(tmp_path / "world").questions, 2)
+    made = evaluate.make_ceilings(talker, coded)
+    assert set(made) == {"synthesizer", "codec", "codec with its own encoder"}
+    assert {len(clip.samples) for clip in made["codec"]} == {5 * spec.samples_per_frame}
+    assert len(made["codec with its own encoder"][0].samples) >= len(made["synthesizer"][0].samples)
+
+
 def test_a_bar_is_met_from_the_bar_on() -> None:
     def report(answer: float, ability: float, above: float) -> dict:
         value = {"value": answer}
