@@ -257,6 +257,7 @@ def test_published_tables_at_small_width(tmp_path, samples):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize(("layers", "post_adapter"), [(24, False), (4, True)])
 def test_published_width(tmp_path, samples, layers, post_adapter):
     """The released checkpoint's sizes; with the post_adapter fewer layers, to save memory."""

@@ -41,6 +41,7 @@ def as_run_here(command: list[str]) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_commands_of_the_readme_run_in_turn(tmp_path, question):
     published = write_checkpoint(tmp_path / "published")
     SnacCodec.from_model(make_parts().snac).save_pretrained(tmp_path / "snac")
