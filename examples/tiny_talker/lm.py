@@ -54,8 +54,19 @@ QUESTION_WEIGHT = 0.1
 KIND_POWER = 0.5
 """Of a kind of n records, n to this power is how often it is drawn."""
 
-HARDER: Mapping[str, float] = {"plus": 3.0, "minus": 3.0, "two turns sum": 3.0, "comparison": 1.5}
+HARDER: Mapping[str, float] = {
+    "plus": 3.0, "minus": 3.0, "two turns sum": 3.0, "comparison": 1.5, "counting": 6.0, "long counting": 2.0,
+    "day": 4.0, "month": 2.0, "spelling": 2.0,
+}  # fmt: skip
 """Kinds that are drawn more often than that."""
+
+ORDER_KINDS = frozenset(
+    {"plus", "minus", "two turns sum", "counting", "long counting", "comparison", "day", "month"}
+)
+"""Kinds about numbers and orders: alone at first, since among others they are learned by heart."""
+
+ORDER_STEPS = 800
+"""Steps that take these kinds alone."""
 
 ORDERED = (NUMBERS, DAYS, MONTHS)
 """Words whose embeddings start in order."""
@@ -146,12 +157,14 @@ def _set_in_order(embeddings: Tensor, tokenizer: PreTrainedTokenizerFast, words:
 
     LMs that have read a lot have such embeddings of numbers; without them, sums are learned by heart.
     """
-    ids = [token for word in words for token in tokenizer.encode(word)]
     places = torch.arange(len(words), dtype=torch.float32)[:, None] * 2 * torch.pi / torch.tensor(PERIODS)
     waves = torch.cat((places.sin(), places.cos()), dim=1) / len(PERIODS) ** 0.5  # [words, waves], norm 1
     directions = torch.linalg.qr(torch.randn(embeddings.shape[1], waves.shape[1])).Q  # [D, waves]
     norm = embeddings.norm(dim=1).mean()
-    embeddings[ids] = OWN_SHARE * embeddings[ids] + norm * (waves @ directions.T)
+    for word, wave in zip(words, waves, strict=True):
+        ids = tokenizer.encode(word)
+        if len(ids) == 1:  # a word that this world does not have is no token
+            embeddings[ids] = OWN_SHARE * embeddings[ids] + norm * (directions @ wave)
 
 
 class Lesson(NamedTuple):
@@ -266,11 +279,14 @@ class LmTraining:
         self.chances = torch.tensor(
             [counts[lesson.kind] ** (KIND_POWER - 1) * HARDER.get(lesson.kind, 1) for lesson in self.lessons]
         )
+        is_order = torch.tensor([lesson.kind in ORDER_KINDS for lesson in self.lessons])
+        self.first_chances = self.chances * is_order if is_order.any() else self.chances
 
     def batch(self, step: int) -> Batch:
         """Return the lessons of a step: of a group that is drawn at once, those of about one length."""
         chance = step_generator(self.seed, step // _GROUP)
-        drawn = torch.multinomial(self.chances, _GROUP * self.batch_size, replacement=True, generator=chance)
+        chances = self.first_chances if step // _GROUP * _GROUP < ORDER_STEPS else self.chances
+        drawn = torch.multinomial(chances, _GROUP * self.batch_size, replacement=True, generator=chance)
         lessons = [self.lessons[i] for i in drawn.tolist()]
         lessons.sort(key=lambda lesson: len(lesson.prompt) + len(lesson.answer))
         part = int(torch.randperm(_GROUP, generator=chance)[step % _GROUP]) * self.batch_size
