@@ -1,4 +1,5 @@
-"""The command ``omni-adapter``: talk, listen, transcribe, say, wrap, import, export, push, doctor, bench.
+"""The command ``omni-adapter``: talk, listen, transcribe, say, wrap, import, export, push, doctor, bench, and
+data check.
 
 Arguments in; text on stdout, sound into files, everything else on stderr. What can be done is done by
 ``OmniAdapter``; this module only asks and shows. Heavy imports stand inside the commands, so that ``--help``
@@ -18,7 +19,7 @@ import urllib.request
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass, replace
 from enum import StrEnum
 from functools import wraps
 from importlib.metadata import version
@@ -33,6 +34,7 @@ from typer.core import TyperGroup
 from omni_adapter.errors import ConfigError, OmniError, PromptError
 
 if TYPE_CHECKING:
+    from omni_adapter.data.sources import SourceSpec
     from omni_adapter.generation.generator import GenerationSettings
     from omni_adapter.generation.sampling import SamplingSettings
     from omni_adapter.generation.streaming import Chunk, Reply
@@ -622,6 +624,117 @@ def _bench_training(
         _print_json({"settings": asdict(settings), "timings": [asdict(timing) for timing in timings]})
     else:
         bench_train.show(timings, Console(highlight=False))
+
+
+data_app = typer.Typer(
+    name="data",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Look at what is to be learned.",
+    epilog="Example: omni-adapter data check voiceassistant-400k --limit 1000",
+)
+app.add_typer(data_app)
+
+
+@data_app.command(epilog="Example: omni-adapter data check rows.parquet --against test.parquet")
+def check(  # noqa: PLR0913 - an option is a parameter
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="Name of a published data set, path, Hub id, or a mapping: '{path: …, columns: …}'."
+        ),
+    ],
+    split: Annotated[str | None, typer.Option(help="Split of a data set of the Hub.")] = None,
+    recipe: Annotated[str | None, typer.Option(help="Published data set that the path is a copy of.")] = None,
+    task: Annotated[
+        str | None, typer.Option(help="What the rows teach; default: all that their columns allow.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Rows to look at, spread evenly.")] = None,
+    against: Annotated[
+        str | None, typer.Option(help="Another source that must not hold the same, such as the test set.")
+    ] = None,
+    against_split: Annotated[str | None, typer.Option(help="Likewise, another split of the source.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Talker or base that is to learn it: estimates.")
+    ] = None,
+    stage: Annotated[str, typer.Option(help="Stage that is estimated.")] = "align",
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples of a training step.")] = 8,
+    max_length: Annotated[int, typer.Option(min=1, help="Steps of the longest sample.")] = 1024,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Load the model and try steps here: hours.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Show what a source holds and what is wrong with it; with --model, what training on it takes.
+
+    Rows, hours, lengths, codes, speed of speech, silence, duplicates, languages, rejects by reason, and what
+    is in the test set too. Ends with code 2 if training or prepare would refuse it.
+    """
+    from omni_adapter.data.check import CheckSettings, check_source
+    from omni_adapter.data.check import show as show_report
+
+    _prepare_hub(*([model] if model else []))
+    spec = _source_spec(source, {"split": split, "recipe": recipe, "task": task})
+    other = _other_source(spec, against, against_split)
+    settings, count_steps, planned = CheckSettings(limit=limit), None, None
+    if model is not None:
+        from omni_adapter.estimate import plan
+        from omni_adapter.training.stages import get_stage
+
+        tasks = get_stage(stage).tasks
+        with _working(f"looking at {model}"):
+            planned = plan(model)
+        settings = CheckSettings(limit=limit, tasks=tasks, codec=planned.processor.config.codec_spec)
+        count_steps = planned.counter(max_steps=max_length)
+    elif measure:
+        raise ConfigError("--measure tries steps of a model: name it with --model")
+    with _working(f"looking through {source}"):
+        report = check_source(spec, settings=settings, against=other, count_steps=count_steps)
+    console = Console(highlight=False)
+    if not as_json:
+        show_report(report, console)
+    found = None
+    if planned is not None and any(facts["rows"] for facts in report.tasks.values()):
+        from omni_adapter import estimate
+
+        tried = None
+        if measure and not report.problems:
+            with _working("trying steps"):
+                tried = estimate.try_steps(
+                    planned, spec, stage=stage, batch_size=batch_size, max_steps=max_length
+                )
+        found = estimate.estimate(
+            planned, report, stage=stage, batch_size=batch_size, limit=spec.limit, tried=tried
+        )
+        if not as_json:
+            console.print()
+            estimate.show(found, console)
+    if as_json:
+        _print_json({**asdict(report), "estimate": None if found is None else asdict(found)})
+    if report.problems:
+        raise typer.Exit(EXIT_REFUSED)
+
+
+def _source_spec(words: str, options: Mapping[str, str | None]) -> "SourceSpec":
+    """A source as it is named on the command line; options win over a mapping's keys."""
+    from omni_adapter.config import parse
+    from omni_adapter.data.sources import SourceSpec
+    from omni_adapter.training.settings import split_words
+
+    ((_, value),) = split_words([f"--data={words}"])
+    values = dict(value) if isinstance(value, Mapping) else {"path": words}
+    given = {name: option for name, option in options.items() if option is not None}
+    return parse(SourceSpec, values | given, source="data check")
+
+
+def _other_source(spec: "SourceSpec", against: str | None, split: str | None) -> "SourceSpec | None":
+    """The source to compare with; a plain path is read as the first source is."""
+    if against is None:
+        return None if split is None else replace(spec, split=split)
+    own = _source_spec(against, {"split": split})
+    is_plain = not against.lstrip().startswith("{") and Path(against).exists()
+    return replace(own, columns=spec.columns, recipe=spec.recipe, task=spec.task) if is_plain else own
 
 
 # --- what the commands share ---

@@ -7,7 +7,7 @@ decoding or training beyond what learns in each stage.
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -38,7 +38,7 @@ from omni_adapter import hub
 from omni_adapter.audio.codec import SnacConfig, read_snac_config
 from omni_adapter.backbone import Backbone
 from omni_adapter.config import SNAC_24KHZ, OmniConfig, dump, parse
-from omni_adapter.data.processor import find_text_end_ids
+from omni_adapter.data.processor import OmniProcessor, find_text_end_ids
 from omni_adapter.errors import BackboneError, CheckpointError, PromptError
 from omni_adapter.model import ADDED_GROUPS, OmniModel
 from omni_adapter.modules.audio_encoder import AudioEncoder
@@ -503,6 +503,17 @@ def _model_without_weights(
     backbone: Backbone, hidden_width: int, encoder: _Encoder, codec: _Codec, settings: Mapping[str, Any]
 ) -> OmniModel:
     """The talker on shapes alone, for its parameter counts."""
+    config = _config(backbone.width, hidden_width, encoder, codec, settings)
+    backbone.embedding_rms = 1.0
+    backbone.hidden_width = hidden_width
+    with torch.device("meta"):
+        return OmniModel(backbone, encoder.module, config=config)
+
+
+def _config(
+    width: int, hidden_width: int, encoder: _Encoder, codec: _Codec, settings: Mapping[str, Any]
+) -> OmniConfig:
+    """What a talker of these parts would be, but for its parts' names."""
     rest = dict(settings)
     tts = {"layers": rest.pop("tts_layers", 6), **rest.pop("tts", {})}
     values = {
@@ -510,7 +521,7 @@ def _model_without_weights(
         "encoder": {"id": ""},
         "codec": {"id": ""},
         "codec_spec": dump(codec.spec),
-        "width": backbone.width,
+        "width": width,
         "hidden_width": hidden_width,
         "encoder_width": encoder.module.width,
         "encoder_stride": encoder.module.stride,
@@ -518,11 +529,46 @@ def _model_without_weights(
         "tts": tts,
         **rest,
     }
-    config = parse(OmniConfig, values, source="doctor")
-    backbone.embedding_rms = 1.0
-    backbone.hidden_width = hidden_width
+    return parse(OmniConfig, values, source="doctor")
+
+
+def processor_without_weights(
+    base: str | Path,
+    *,
+    encoder: str | Path = "openai/whisper-small",
+    codec: str | Path = "hubertsiuzdak/snac_24khz",
+    hub_options: hub.HubOptions | None = None,
+    **settings: Any,
+) -> OmniProcessor:
+    """Return what lays rows out for a talker of these parts, without loading a weight.
+
+    Args:
+        base: Hub id or folder of a causal LM.
+        encoder: Hub id or folder of a Whisper model.
+        codec: Hub id or folder of a SNAC model.
+        hub_options: revision, token and cache of the base.
+        **settings: as for :func:`diagnose`.
+
+    Raises:
+        BackboneError: if there is no such base, or it has no tokenizer.
+        CheckpointError: if encoder or codec cannot be found.
+        ConfigError: if a setting is unknown or has a wrong value.
+    """
+    options, findings = hub_options or hub.HubOptions(), _Findings()
+    config = hub.read_lm_config(str(base), options=options)
+    found_encoder, found_codec = _find_encoder(str(encoder), findings), _find_codec(str(codec), findings)
+    if found_encoder is None or found_codec is None:
+        raise CheckpointError("; ".join(findings.missing))
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(str(base), **options.arguments())
+    except (OSError, ValueError, ImportError) as error:
+        raise BackboneError(f"{base} has no tokenizer that transformers can load: {error}") from error
     with torch.device("meta"):
-        return OmniModel(backbone, encoder.module, config=config)
+        lm = _build(config)
+    ends = find_text_end_ids(tokenizer, _eos_token_ids(str(base), lm, options))
+    width = config.get_text_config().hidden_size
+    told = _config(width, width, found_encoder, found_codec, settings | {"text_end_ids": list(ends)})
+    return OmniProcessor(tokenizer, found_encoder.module.log_mel(), config=told)
 
 
 # --- estimates ---
@@ -542,11 +588,22 @@ def _stages(groups: Mapping[str, int], codec: _Codec | None, dtype: str) -> dict
         return {}
     stages = {}
     for name, trained in STAGES.items():
-        parameters = sum(groups[group] for group in trained)
-        frozen = {group: count for group, count in groups.items() if group not in trained and group != "lora"}
-        memory = _TRAINED_BYTES * parameters + _weight_bytes(frozen, dtype)
-        stages[name] = StageFacts(trained, parameters, memory)
+        stages[name] = facts_of_stage(groups, trained, dtype)
     return stages
+
+
+def facts_of_stage(groups: Mapping[str, int], trained: Sequence[str], dtype: str) -> StageFacts:
+    """Return what training some weight groups takes.
+
+    Args:
+        groups: parameters of every group.
+        trained: groups that learn.
+        dtype: type of the base's weights.
+    """
+    parameters = sum(groups[group] for group in trained)
+    frozen = {group: count for group, count in groups.items() if group not in trained and group != "lora"}
+    memory = _TRAINED_BYTES * parameters + _weight_bytes(frozen, dtype)
+    return StageFacts(tuple(trained), parameters, memory)
 
 
 def _inference_bytes(groups: Mapping[str, int], codec: _Codec | None) -> dict[str, int]:

@@ -160,7 +160,7 @@ def dry_run(settings: TrainSettings, accelerator: Accelerator, *, shards: bool =
         window = this.trainer.take_step()
         loss = window.sums[this.trainer.objective.sum_names[0]]
         say(f"tried one step: loss {loss:.4f}, {window.seconds:.2f} s, ")
-        say(f"{_peak_bytes(accelerator.device) / 2**30:.2f} GiB of memory at most; nothing was kept\n")
+        say(f"{peak_bytes(accelerator.device) / 2**30:.2f} GiB of memory at most; nothing was kept\n")
     return EXIT_FINISHED
 
 
@@ -435,8 +435,8 @@ def _last_words(result: Result, folder: Path) -> str:
     return f"{talker} is ready; talk to it:\n    {talk}\n{curves}"
 
 
-def _peak_bytes(device: torch.device) -> int:
-    """Most memory that was held so far, by the accelerator or else the process."""
+def peak_bytes(device: torch.device) -> int:
+    """Return the most memory that was held so far, by the accelerator or else the process."""
     if device.type != "cpu":
         return int(torch.accelerator.memory.max_memory_allocated(device))
     unit = 1 if sys.platform == "darwin" else 1024

@@ -33,7 +33,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"importers"}),
     frozenset({"train_answers"}),
     frozenset({"doctor", "bench", "train"}),
-    frozenset({"bench_train"}),
+    frozenset({"bench_train", "estimate"}),
     frozenset({"cli"}),
     frozenset({"__main__"}),
 )

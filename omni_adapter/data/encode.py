@@ -196,11 +196,11 @@ def _result(
 ) -> dict[str, Any]:
     """A row as it is stored."""
     heard = waveforms["audio_in"]
-    tags = [
+    odd = [
         f"{column}:{tag}"
         for column, waveform in waveforms.items()
         if waveform is not None
-        for tag in _tags(waveform)
+        for tag in tags(waveform)
     ]
     return {
         "id": row.id,
@@ -215,12 +215,12 @@ def _result(
         "language": row.language,
         "seconds_in": 0.0 if heard is None else heard.shape[0] / rates["audio_in"],
         "seconds_out": 0.0 if codes is None else codes.shape[1] / codec.spec.frame_rate_hz,
-        "tags": tags,
+        "tags": odd,
     }
 
 
-def _tags(waveform: Tensor) -> list[str]:
-    """What is odd about a recording that can be used all the same."""
+def tags(waveform: Tensor) -> list[str]:
+    """Return what is odd about a recording [N] that can be used all the same."""
     clipped = float((waveform.abs() >= _CLIPPED_LEVEL).float().mean()) > _CLIPPED_SHARE
     offset = abs(float(waveform.mean())) > _DC_LEVEL
     return ["clipped"] * clipped + ["dc"] * offset

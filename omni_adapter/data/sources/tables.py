@@ -128,6 +128,11 @@ class Stream:
             raise DataError(f"{self.name}: no usable row among {len(self._spares)} in a row")
         return self._convert(_placed(self._spares[-1 - attempt], self._recordings, self._caches))
 
+    @property
+    def passes(self) -> int:
+        """Passes that are behind the row that was read last."""
+        return max(0, self._epoch)
+
     def keep(self, column: str, test: Callable[[Any], bool]) -> None:
         """Leave out rows whose value of ``column`` does not pass a test; before the first row is read."""
         self._dataset = self._dataset.filter(test, input_columns=[column])
