@@ -191,7 +191,8 @@ def ask_all(
 def answer_with_lm(folder: Path, questions: Sequence[Question]) -> list[str]:
     """Return the answers of a bare causal LM, without anything that was added to it."""
     tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    lm: Any = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype="float32").eval()
+    lm: Any = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype="float32")
+    lm.eval()
     answers = []
     for question in questions:
         prompt = tokenizer.apply_chat_template(
@@ -566,7 +567,7 @@ class Wanted(NamedTuple):
         out: folder of the report.
         lm: folder of the bare LM; None leaves it out.
         stages: talkers of earlier stages, or their runs, by name.
-        count: questions.
+        questions: how many are asked.
         device: where the talker runs.
         jobs: processes that listen.
         card: write figures and samples into the talker's folder, for its card.
@@ -577,7 +578,7 @@ class Wanted(NamedTuple):
     out: Path
     lm: Path | None = None
     stages: Mapping[str, Path] = {}
-    count: int = 240
+    questions: int = 240
     device: str = "cpu"
     jobs: int = 1
     card: bool = False
@@ -591,7 +592,7 @@ def evaluate(wanted: Wanted) -> dict[str, Any]:
         print(f"{time.monotonic() - started:6.1f} s  {text}", flush=True)
 
     world = read_world(wanted.world)
-    questions = choose(world.questions, wanted.count)
+    questions = choose(world.questions, wanted.questions)
     talker = OmniAdapter.from_pretrained(wanted.talker, dtype="float32").to(wanted.device)
     found = examine(talker, questions, Ears(world.words, jobs=wanted.jobs), say=say)
     report: dict[str, Any] = {
@@ -696,7 +697,7 @@ def read_arguments(words: Sequence[str] | None = None) -> Wanted:
         given.out,
         lm=given.lm,
         stages={name: Path(folder) for name, folder in stages.items()},
-        count=given.questions if given.quick is None else given.quick,
+        questions=given.questions if given.quick is None else given.quick,
         device=given.device,
         jobs=given.jobs,
         card=given.card,

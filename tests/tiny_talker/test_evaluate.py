@@ -173,7 +173,13 @@ def test_a_report_of_an_untrained_talker_is_whole(
     talker = tmp_path / "talker"
     shutil.copytree(talker_folder, talker)
     wanted = evaluate.Wanted(
-        talker, world, tmp_path / "report", lm=talker / "base", stages={"align": talker}, count=2, card=True
+        talker,
+        world,
+        tmp_path / "report",
+        lm=talker / "base",
+        stages={"align": talker},
+        questions=2,
+        card=True,
     )
     evaluate.evaluate(wanted)
     report = json.loads((tmp_path / "report" / "report.json").read_text())
