@@ -136,7 +136,9 @@ class MiniOmniImporter:
         """Return the checkpoint as a talker that speaks as the original does.
 
         Its prompts, the mean over all streams, the full window of the encoder and the freely written code
-        rows are the original's; a tied head is two equal tables here, which may part in training.
+        rows are the original's; a tied head is two equal tables here, which may part in training. Not the
+        original's: an end mark counts in the very first step too, recordings longer than the encoder's window
+        are heard to their end, and the sound of a stream has no seams and no missing end.
 
         Raises:
             CheckpointError: if files are missing, broken, or do not fit each other.
