@@ -5,10 +5,10 @@
 Rows of ``WORLD`` -> an encoder that ``AudioEncoder.from_pretrained(OUT)`` loads. Knows nothing of language
 models or codecs. The same command goes on after a stop, from the state in ``OUT-training``.
 
-It learns letters from its last frames with the CTC loss (Graves et al. 2006), through the very classes that
-hear for a talker, so that recordings are as long as they are here too. The layer that reads the letters is
-not kept. Speed, voice and channel are varied in the features (SpecAugment, Park et al. 2019, and stretched
-axes).
+It learns with the CTC loss (Graves et al. 2006), through the very classes that hear for a talker, so that
+recordings are as long as they are here too: first letters, then whole words, so that an adapter finds
+words in its last frames. The layers that read them are not kept. Speed, voice and channel are varied in the
+features (SpecAugment, Park et al. 2019, and stretched axes).
 """
 
 import argparse
@@ -43,13 +43,14 @@ SIZES = {
     "max_source_positions": 1500,
 }
 
-SCHEDULE = Schedule(
-    num_steps=2500, learning_rate=1.5e-3, warmup_steps=200, weight_decay=0.01, check_every=250
-)
+SCHEDULE = Schedule(num_steps=2600, learning_rate=2e-3, warmup_steps=200, weight_decay=0.01, check_every=250)
 BATCH_SIZE = 32
 
 LETTERS = " abcdefghijklmnopqrstuvwxyz"
 """What is written down; id 0 is CTC's blank, so the first letter has id 1."""
+
+LETTER_STEPS = 1750
+"""Steps in which the last frames learn letters; words follow."""
 
 EARLY_WEIGHT = 0.3
 """How much the letters that are read from half-way up count in the loss, beside those of the last frames."""
@@ -102,19 +103,35 @@ def make_encoder(*, seed: int = 0, **sizes: int) -> AudioEncoder:
     return encoder
 
 
-class LetterReader(nn.Module):
-    """The encoder, and what reads letters from its frames half-way up and at the end.
+class Scores(NamedTuple):
+    """What is read from frames, [B, A', letters or words + 1]; the blank comes first."""
+
+    words: Tensor
+    letters: Tensor
+    early_letters: Tensor
+    num_frames: Tensor  # int64 [B]
+
+
+class Reader(nn.Module):
+    """The encoder, and what reads letters from its frames half-way up, and letters and words at the end.
 
     Args:
         encoder: the encoder.
+        words: every word that may be said.
+
+    Attributes:
+        reads_words: whether words are what it has learned last.
     """
 
-    def __init__(self, encoder: AudioEncoder) -> None:
+    def __init__(self, encoder: AudioEncoder, words: Sequence[str]) -> None:
         super().__init__()
         self.encoder = encoder
+        self.word_list = tuple(words)
+        self.reads_words = False
         self.early_norm = nn.LayerNorm(encoder.width)
         self.early_letters = nn.Linear(encoder.width, len(LETTERS) + 1)
         self.letters = nn.Linear(encoder.width, len(LETTERS) + 1)
+        self.words = nn.Linear(encoder.width, len(words) + 1)
         layers = encoder.encoder.layers
         layers[(len(layers) - 1) // 2].register_forward_hook(self._keep)
         self._early: Tensor | None = None
@@ -122,13 +139,22 @@ class LetterReader(nn.Module):
     def _keep(self, _module: nn.Module, _inputs: object, output: Tensor) -> None:
         self._early = output
 
-    def forward(self, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return scores of letters at the end and half-way up, [B, A', L], and numbers of frames [B]."""
+    def forward(self, features: Tensor, lengths: Tensor) -> Scores:
+        """Return the scores of features [B, M, F] with their lengths [B]."""
         frames, steps = self.encoder(features, lengths)
         assert self._early is not None
         early = self.early_letters(self.early_norm(self._early[:, : frames.shape[1]]))
         self._early = None
-        return self.letters(frames), early, steps
+        return Scores(self.words(frames), self.letters(frames), early, steps)
+
+
+def make_reader(clips: Sequence[Clip], *, seed: int = 0) -> Reader:
+    """An untrained encoder with what reads the words of ``clips``, the same one for the same seed."""
+    words = sorted({word for clip in clips for word in clip.text.split()})
+    encoder = make_encoder(seed=seed)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed + 1)
+        return Reader(encoder, words)
 
 
 @dataclass
@@ -159,6 +185,7 @@ class Batch(NamedTuple):
     lengths: Tensor  # int64 [B]
     letters: Tensor  # int64 [sum of num_letters]
     num_letters: Tensor  # int64 [B]
+    texts: tuple[str, ...]
 
 
 def make_batch(clips: Clips, indices: Sequence[int]) -> Batch:
@@ -168,12 +195,17 @@ def make_batch(clips: Clips, indices: Sequence[int]) -> Batch:
     lengths = torch.tensor([values.shape[1] for values in features])
     longest = int(lengths.max())
     padded = torch.stack([F.pad(values, (0, longest - values.shape[1])) for values in features])
-    return Batch(padded, lengths, torch.cat(letters), torch.tensor([len(ids) for ids in letters]))
+    texts = tuple(clips.clips[index].text for index in indices)
+    return Batch(padded, lengths, torch.cat(letters), torch.tensor([len(ids) for ids in letters]), texts)
 
 
 def letter_ids(text: str) -> Tensor:
     """Write a text as ids of ``LETTERS``, counted from 1."""
     return torch.tensor([LETTERS.index(letter) + 1 for letter in text])
+
+
+def _log_shares(scores: Tensor) -> Tensor:
+    return scores.float().log_softmax(-1).cpu()
 
 
 def spread_letters(batch: Batch, steps: Tensor, *, size: int) -> Tensor:
@@ -225,7 +257,7 @@ class EncoderTraining:
         seed: decides which recordings a step takes and how they are varied.
     """
 
-    reader: LetterReader
+    reader: Reader
     clips: Clips
     batch_size: int = BATCH_SIZE
     seed: int = 0
@@ -244,13 +276,23 @@ class EncoderTraining:
         batch = self.batch(step)
         device = next(self.reader.parameters()).device
         with torch.autocast(device.type, torch.bfloat16):
-            *scores, steps = self.reader(batch.features.to(device), batch.lengths.to(device))
-        steps = steps.cpu()
-        last, early = (
-            self._letter_loss(score.float().log_softmax(-1).cpu(), steps, batch, flat=1 - step / FLAT_STEPS)
-            for score in scores
-        )
-        return (last + EARLY_WEIGHT * early) / (1 + EARLY_WEIGHT)
+            scores = self.reader(batch.features.to(device), batch.lengths.to(device))
+        steps = scores.num_frames.cpu()
+        flat = 1 - step / FLAT_STEPS
+        early_loss = self._letter_loss(_log_shares(scores.early_letters), steps, batch, flat=flat)
+        if step < LETTER_STEPS:
+            loss = self._letter_loss(_log_shares(scores.letters), steps, batch, flat=flat)
+        else:
+            self.reader.reads_words = True
+            loss = self._word_loss(_log_shares(scores.words), steps, batch)
+        return (loss + EARLY_WEIGHT * early_loss) / (1 + EARLY_WEIGHT)
+
+    def _word_loss(self, scores: Tensor, steps: Tensor, batch: Batch) -> Tensor:
+        """CTC loss of log-probabilities [B, A', W]."""
+        known = self.reader.word_list
+        words = [torch.tensor([known.index(word) + 1 for word in text.split()]) for text in batch.texts]
+        num_words = torch.tensor([len(ids) for ids in words])
+        return F.ctc_loss(scores.transpose(0, 1), torch.cat(words), steps, num_words, zero_infinity=True)
 
     def _letter_loss(self, scores: Tensor, steps: Tensor, batch: Batch, *, flat: float) -> Tensor:
         """CTC loss of log-probabilities [B, A', L], and ``flat`` times that of evenly spread letters."""
@@ -263,18 +305,20 @@ class EncoderTraining:
 
 
 @torch.no_grad()
-def transcribe(reader: LetterReader, clips: Clips, *, batch_size: int = 64) -> list[str]:
-    """Write down recordings: the likeliest letter of every frame, repetitions and blanks left out."""
+def transcribe(reader: Reader, clips: Clips, *, batch_size: int = 64) -> list[str]:
+    """Write down recordings: the likeliest letter or word of every frame, repetitions and blanks left out."""
     order = sorted(range(len(clips.clips)), key=lambda index: len(clips.clips[index].text))
     texts = [""] * len(order)
     device = next(reader.parameters()).device
+    signs, gap = (reader.word_list, " ") if reader.reads_words else (LETTERS, "")
     for start in range(0, len(order), batch_size):
         part = order[start : start + batch_size]
         batch = make_batch(clips, part)
-        scores, _, steps = reader(batch.features.to(device), batch.lengths.to(device))
-        for index, ids, length in zip(part, scores.argmax(-1), steps.tolist(), strict=True):
+        scores = reader(batch.features.to(device), batch.lengths.to(device))
+        best = (scores.words if reader.reads_words else scores.letters).argmax(-1)
+        for index, ids, length in zip(part, best, scores.num_frames.tolist(), strict=True):
             kept = torch.unique_consecutive(ids[:length]).tolist()
-            texts[index] = "".join(LETTERS[letter - 1] for letter in kept if letter)
+            texts[index] = gap.join(signs[sign - 1] for sign in kept if sign)
     return texts
 
 
@@ -294,7 +338,7 @@ def _distance(a: Sequence[str], b: Sequence[str]) -> int:
     return row[-1]
 
 
-def judge(reader: LetterReader, sets: Mapping[str, Clips]) -> dict[str, float]:
+def judge(reader: Reader, sets: Mapping[str, Clips]) -> dict[str, float]:
     """Return the word error rate of each set."""
     return {
         name: word_error_rate([clip.text for clip in clips.clips], transcribe(reader, clips))
@@ -308,7 +352,7 @@ def read_clips(rows: Path) -> list[Clip]:
     return [Clip(rows.parent / row["audio_in"], row["text_in"]) for row in found]
 
 
-def save_encoder(reader: LetterReader, folder: Path) -> LetterReader:
+def save_encoder(reader: Reader, folder: Path) -> Reader:
     """Write the encoder; return a copy that hears as what was written does.
 
     Weights are rounded to half precision, so that it makes no difference whether they are shipped like that.
@@ -345,15 +389,17 @@ def train_encoder(
     Returns:
         Word error rate on held-out questions in seen and in unseen voices, greedy CTC.
     """
-    reader = LetterReader(make_encoder(seed=seed)).to(pick_device(device))
+    train = read_clips(world / "rows_train.jsonl")
+    reader = make_reader(train, seed=seed).to(pick_device(device))
     log_mel = reader.encoder.log_mel()
-    clips = Clips(read_clips(world / "rows_train.jsonl"), log_mel)
+    clips = Clips(train, log_mel)
     heldout = {name: read_clips(world / f"rows_heldout_{name}.jsonl") for name in ("seen", "unseen")}
     some = {name: Clips(found[:_CHECKED], log_mel) for name, found in heldout.items()}
     size = sum(parameter.numel() for parameter in reader.encoder.parameters())
     print(f"{size:,} parameters, {len(clips.clips)} recordings", flush=True)
     folder = training_folder(out)
     trainer = PartTrainer(reader, schedule=schedule, folder=folder)
+    reader.reads_words = trainer.step > LETTER_STEPS
     training = EncoderTraining(reader, clips, batch_size=batch_size, seed=seed)
 
     def check() -> str:

@@ -19,7 +19,7 @@ import lm as lm_training  # noqa: E402
 import part_training  # noqa: E402
 import world  # noqa: E402
 
-from omni_adapter import OmniAdapter  # noqa: E402
+from omni_adapter import OmniAdapter, SnacCodec  # noqa: E402
 from omni_adapter.modules.audio_encoder import AudioEncoder  # noqa: E402
 
 LM_SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
@@ -213,8 +213,7 @@ def test_exact_match_is_what_greedy_decoding_does(world_folder, tokenizer, tmp_p
         for lesson in lessons
     ]
     right = [w == (*lesson.prompt, *lesson.answer) for w, lesson in zip(written, lessons, strict=True)]
-    assert right[:3] == [True] * 3
-    assert not all(right)
+    assert 0 < sum(right) < len(right)
     shares = lm_training.exact_match(lm, lessons, pad=pad, batch_size=4)
     assert shares["all"] == pytest.approx(sum(right) / len(right))
 
@@ -321,11 +320,12 @@ def test_the_parts_make_a_talker(world_folder, tmp_path, parts, question):
     schedule = replace(SCHEDULE, num_steps=1, check_every=1)
     lm_training.train_lm(world_folder, tmp_path / "lm", schedule=schedule)
     encoder_training.train_encoder(world_folder, tmp_path / "encoder", schedule=schedule, batch_size=4)
-    talker = OmniAdapter.wrap(tmp_path / "lm", encoder=tmp_path / "encoder", codec=parts.snac, tts_layers=1)
+    codec = SnacCodec.from_model(parts.snac)
+    talker = OmniAdapter.wrap(tmp_path / "lm", encoder=tmp_path / "encoder", codec=codec, tts_layers=1)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "lm")
     assert tokenizer.decode(tokenizer.encode("What is 2 plus 3?")) == "what is two plus three"
     assert talker.config.text_end_ids[0] == tokenizer.eos_token_id
-    reply = talker.generate(str(question), max_new_tokens=12)
+    reply = talker.transcribe(question, max_new_tokens=4)
     assert isinstance(reply.text, str)
 
 
