@@ -62,8 +62,10 @@ def plan(out: Path, *, kind: str = "llama") -> list[Part]:
     lm = out / f"lm-{kind}"
     stages = {name: out / kind / name for name in ("hear", "speak", "adapt", "finetune")}
     talker, report = out / f"talker-{kind}", out / f"report-{kind}"
-    prepare = (sys.executable, str(ROOT / "recipes" / "prepare.py"), str(world / "rows_train.jsonl"))
+    prepare = (sys.executable, str(ROOT / "recipes" / "prepare.py"), str(world / "rows_train_coded.jsonl"))
     parts = ("--encoder", encoder, "--codec", codec)
+    # The training one comes last, so that its being there says that all are.
+    to_encode = [world / f"rows_{name}.jsonl" for name in ("heldout_seen", "heldout_unseen", "train")]
     end = "talker/omni_config.json"
 
     def train(stage: int, name: str, *start: object) -> Part:
@@ -78,6 +80,10 @@ def plan(out: Path, *, kind: str = "llama") -> list[Part]:
             "encoder", script("encoder", "--world", world, "--out", encoder), encoder / "model.safetensors"
         ),
         Part("codec", script("codec", "--data", world, "--out", codec), codec / "model.safetensors"),
+        Part(
+            "codes", script("codec", "--data", world, "--out", codec, "--encode", *to_encode),
+            world / "rows_train_coded.jsonl",
+        ),
         Part("rows", (*prepare, "--out", str(rows), *map(str, parts)), rows / "prepared.json"),
         train(1, "hear", "--base", lm, *parts),
         train(1, "speak", "--start", stages["hear"] / "talker"),
