@@ -1,5 +1,4 @@
-"""The command ``omni-adapter``: talk, listen, transcribe, say, wrap, import, export, push, doctor, bench, and
-data check.
+"""The command ``omni-adapter``: talk, listen, transcribe, say, wrap, doctor, bench, and what else there is.
 
 Arguments in; text on stdout, sound into files, everything else on stderr. What can be done is done by
 ``OmniAdapter``; this module only asks and shows. Heavy imports stand inside the commands, so that ``--help``

@@ -78,14 +78,14 @@ class Digests:
     the rows that are left are a fair sample, and the same one in every source.
 
     Args:
-        limit: digests that are kept at most.
+        limit: digests that are kept at most; None for 131,072.
 
     Attributes:
         bits: zero bits at the end of every digest that is kept; with 0, counts are exact.
     """
 
-    def __init__(self, limit: int = _KEPT_DIGESTS) -> None:
-        self.bits, self._limit = 0, limit
+    def __init__(self, limit: int | None = None) -> None:
+        self.bits, self._limit = 0, limit or _KEPT_DIGESTS
         self._first: dict[int, int] = {}
         self._again: dict[int, list[int]] = {}
 
