@@ -3,7 +3,7 @@
     python examples/tiny_talker/ship.py build/tiny/llama/finetune/talker --out build/tiny/talker-llama
 
 The configs go on to say float32, so that the weights are read into full precision: half precision is only how
-they lie on the disk. Encoder and codec were already rounded when they were trained.
+they lie on the disk. The codec's codebooks stay as they are, since a codec is recognised by them.
 """
 
 import argparse
@@ -19,10 +19,11 @@ DATASETS = {"the tiny world of examples/tiny_talker": "apache-2.0"}
 
 
 def halve(path: Path) -> None:
-    """Rewrite a file of weights in half precision."""
+    """Rewrite a file of weights in half precision, all but codebooks."""
     weights = load_file(path)
     for name, weight in weights.items():
-        halved = weight.half() if weight.is_floating_point() else weight
+        stays = "codebook" in name or not weight.is_floating_point()
+        halved = weight if stays else weight.half()
         if not halved.isfinite().all():
             raise ValueError(f"{path}: {name} holds values beyond half precision")
         weights[name] = halved
