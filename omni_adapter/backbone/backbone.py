@@ -170,6 +170,11 @@ class Backbone(Runner):
         """Whether weights of the LM are stored in less than 16 bits, so that they cannot learn."""
         return inspection.is_quantized(self.lm)
 
+    @property
+    def can_be_saved(self) -> bool:
+        """Whether the LM's weights can be written as they are."""
+        return not inspection.is_rearranged(self.lm)
+
     def fingerprint(self) -> dict[str, Any]:
         """Return the facts of the LM's config by which it is recognised, as plain JSON."""
         return inspection.fingerprint(self.lm)

@@ -125,7 +125,12 @@ def take_adapter(model: Any) -> tuple[Any, Carried | None]:
     config: Any = copy.deepcopy(lm.peft_config[name])  # type: ignore[index]
     _check_kind(config)
     config.inference_mode = True
-    found = get_peft_model_state_dict(lm, adapter_name=name, save_embedding_layers=False)
+    found = get_peft_model_state_dict(
+        lm,
+        state_dict=dict(lm.named_parameters(remove_duplicate=False)),
+        adapter_name=name,
+        save_embedding_layers=False,
+    )
     weights = {
         key if key.startswith(_PREFIX) else _PREFIX + key: value.detach().cpu().clone()
         for key, value in found.items()

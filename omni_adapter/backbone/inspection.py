@@ -113,6 +113,15 @@ def is_quantized(lm: PreTrainedModel) -> bool:
     return any(not parameter.is_floating_point() for parameter in lm.parameters())
 
 
+def is_rearranged(lm: PreTrainedModel) -> bool:
+    """Whether weights in 4 bits lie as this processor likes them, from where they do not come back unharmed.
+
+    bitsandbytes 0.50 does so when a model first runs on some CPUs; its ``state_dict`` then breaks them.
+    """
+    states = (getattr(parameter, "quant_state", None) for parameter in lm.parameters())
+    return any(getattr(state, "packing_format_for_cpu", False) for state in states)
+
+
 def fingerprint(lm: PreTrainedModel) -> dict[str, Any]:
     """The facts of the LM's config by which it is recognised, as plain JSON."""
     config: dict[str, Any] = _lasting(json.loads(lm.config.to_json_string(use_diff=True)))

@@ -157,8 +157,10 @@ class Lora:
 
     def _file_weights(self) -> dict[str, Tensor]:
         """The live weights, under their names in PEFT's files."""
+        # Not from state_dict(): some quantised layers turn their weights inside out for that.
+        state = dict(self._peft.named_parameters(remove_duplicate=False))
         weights: dict[str, Tensor] = get_peft_model_state_dict(
-            self._peft, adapter_name=self.name, save_embedding_layers=False
+            self._peft, state_dict=state, adapter_name=self.name, save_embedding_layers=False
         )
         return {name: weight.detach() for name, weight in weights.items()}
 

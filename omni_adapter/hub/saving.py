@@ -120,19 +120,30 @@ def plain_lm(model: OmniModel, *, lora: bool, adapter: bool) -> PreTrainedModel:
 
     Raises:
         BackboneError: if the base is quantised, so that nothing can be merged.
+        CheckpointError: if its weights cannot be written.
     """
     if not (model.backbone.has_lora or model.backbone.stacks):
+        _check_can_be_saved(model)
         return model.backbone.lm
     backbone = copy.deepcopy(model.backbone)
     if lora:
         backbone.merge_lora()
         return backbone.lm
+    _check_can_be_saved(model)
     backbone.drop_lora()
     if adapter:
         backbone.merge_lora()
     else:
         backbone.drop_carried()
     return backbone.lm
+
+
+def _check_can_be_saved(model: OmniModel) -> None:
+    if not model.backbone.can_be_saved:
+        raise CheckpointError(
+            "the base's 4-bit weights lie as bitsandbytes needs them on this CPU, which it cannot undo; save "
+            "the talker without the base, or load it on an accelerator or unquantised"
+        )
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:
