@@ -18,7 +18,19 @@ from typer.testing import CliRunner
 
 from omni_adapter import __version__, cli
 
-COMMANDS = ("talk", "listen", "transcribe", "say", "wrap", "import", "export", "push", "doctor", "bench")
+COMMANDS = (
+    "talk",
+    "listen",
+    "transcribe",
+    "say",
+    "wrap",
+    "import",
+    "export",
+    "push",
+    "doctor",
+    "bench",
+    "data",
+)
 SHORT = ("--max-new-tokens", "30")
 RATE = 24000
 
