@@ -18,7 +18,18 @@ from tests.families import VOCAB_SIZE, WIDTH, build_family, build_fresh
 IDS = torch.tensor([[5, 9, 33, 7, 60, 21, 8]])
 
 # Lowest first, as the package's docstring has them.
-FILES = ("inspection", "caches", "runner", "probes", "projection", "packing", "lora", "backbone", "__init__")
+FILES = (
+    "inspection",
+    "caches",
+    "runner",
+    "probes",
+    "projection",
+    "packing",
+    "lora",
+    "carried",
+    "backbone",
+    "__init__",
+)
 
 
 @pytest.fixture
