@@ -80,7 +80,7 @@ class Settings:
 
     model: dict[str, Any] = field(default_factory=lambda: MODEL)
     steps: Mapping[str, int] = field(
-        default_factory=lambda: {"codes": 1_500, "decoder": 12_000, "encoder": 12_000}
+        default_factory=lambda: {"codes": 1_500, "decoder": 5_200, "encoder": 5_200}
     )
     rates: Mapping[str, float] = field(
         default_factory=lambda: {"codes": 1.5e-3, "decoder": 6e-4, "encoder": 8e-4}
@@ -621,7 +621,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, default=Path("build/tiny/world"))
     parser.add_argument("--out", type=Path, default=Path("build/tiny/codec"))
-    parser.add_argument("--steps", type=int, default=12_000, help="of the decoder, and of the encoder")
+    parser.add_argument("--steps", type=int, default=5_200, help="of the decoder, and of the encoder")
     parser.add_argument("--device", default="auto", help="where (default: an accelerator if there is one)")
     parser.add_argument("--seed", type=int, default=Settings.seed)
     parser.add_argument(
