@@ -6,6 +6,7 @@ grow with the source. Recordings are decoded as ``prepare`` decodes them, within
 models; how many steps a row takes in one is asked of a function that is passed in.
 """
 
+import itertools
 import math
 import unicodedata
 from collections import Counter
@@ -512,7 +513,7 @@ def _indexes(source: Source | Stream, spec: SourceSpec, settings: CheckSettings)
     """Numbers of the rows that are looked at."""
     if isinstance(source, Stream):
         least = [limit for limit in (spec.limit, settings.limit) if limit is not None]
-        yield from range(min(least)) if least else iter(int, 1)  # a stream ends by beginning again
+        yield from range(min(least)) if least else itertools.count()  # a stream ends by beginning again
         return
     length = min(len(source), spec.limit or len(source))
     looked = min(length, settings.limit or length)
