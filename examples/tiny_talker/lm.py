@@ -46,7 +46,7 @@ SIZES = {
     "max_position_embeddings": 1024,
 }
 
-SCHEDULE = Schedule(num_steps=3000, learning_rate=2e-3, warmup_steps=100, weight_decay=0.1, check_every=250)
+SCHEDULE = Schedule(num_steps=4500, learning_rate=2e-3, warmup_steps=100, weight_decay=0.1, check_every=250)
 BATCH_SIZE = 96
 QUESTION_WEIGHT = 0.1
 """How much the words of a prompt count in the loss, beside 1 for those of an answer."""
