@@ -34,7 +34,7 @@ from omni_adapter.importers.port import (
     with_refs,
 )
 from omni_adapter.talker import OmniAdapter
-from omni_adapter.tensor_files import check_finite, read_torch_file
+from omni_adapter.tensor_files import check_finite, check_shapes, read_torch_file
 from omni_adapter.vocab import CodeVocabulary, TextMarks
 
 logger = logging.getLogger(__name__)
@@ -161,14 +161,21 @@ def build_lm(state: Mapping[str, Tensor], options: ImportOptions, spec: CodecSpe
         CheckpointError: if the weights do not fit it.
     """
     weights = _without_prefix(state, _LM)
-    config = hub.read_lm_config(options.base or DEFAULT_BASE, options=replace(options.hub, revision=None))
+    base = options.base or DEFAULT_BASE
+    config = hub.read_lm_config(base, options=replace(options.hub, revision=None))
     make: Any = AutoModelForCausalLM.from_config
     with torch.device("meta"):
         plan: PreTrainedModel = make(config)
     names = {id(parameter): name for name, parameter in plan.named_parameters()}
     tables: list[Any] = [find() for find in (plan.get_input_embeddings, plan.get_output_embeddings)]
     read, written = (names[id(table.weight)] for table in tables)  # one name where they are tied
-    weights = {name: tensor for name, tensor in weights.items() if name not in _twins(plan, names)}
+    for name, first_name in _twins(plan, names).items():
+        twin = weights.pop(name, None)
+        if twin is not None and not torch.equal(twin, weights.get(first_name, twin)):
+            raise CheckpointError(
+                f"{source} holds another {_LM}{name}, which the base ties to {_LM}{first_name}; pass the "
+                "base that it was trained with"
+            )
     if read not in weights or written not in weights:
         raise CheckpointError(
             f"{source} holds no {_LM}{read if read not in weights else written}, where the ids of the codes "
@@ -182,15 +189,29 @@ def build_lm(state: Mapping[str, Tensor], options: ImportOptions, spec: CodecSpe
     config.vocab_size = text_rows
     config.bos_token_id, config.eos_token_id, config.pad_token_id = None, marks.end, marks.pad
     dtype = lm_dtype(options.dtype, weights[read])
-    lm: PreTrainedModel = make(config, dtype=dtype)
-    load_weights(lm, weights, source=source)
+    with torch.device("meta"):  # no memory until the weights are known to fit
+        plan = make(config)
+    check_shapes(_shapes(weights), expected=_shapes(dict(plan.named_parameters())), source=source)
+    lm = type(plan).from_pretrained(
+        None,
+        config=config,
+        # Copied: the file must not be needed any more.
+        state_dict={name: tensor.to(dtype, copy=True) for name, tensor in weights.items()},
+        dtype=dtype,
+    )
+    lm.config._name_or_path = base  # where the tokenizer is
     lm.train(False)
     return BuiltLm(lm, marks, base_ids, split[read][1], split[written][1])
 
 
-def _twins(lm: PreTrainedModel, names: Mapping[int, str]) -> set[str]:
-    """Second names of weights that the model has once: a file with all weights holds them again."""
-    return {name for name, weight in lm.named_parameters(remove_duplicate=False) if names[id(weight)] != name}
+def _twins(lm: PreTrainedModel, names: Mapping[int, str]) -> dict[str, str]:
+    """Second names of weights that the model has once, with the first: files with all weights hold both."""
+    every = lm.named_parameters(remove_duplicate=False)
+    return {name: names[id(weight)] for name, weight in every if names[id(weight)] != name}
+
+
+def _shapes(weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(weight.shape) for name, weight in weights.items()}
 
 
 def _take_apart(table: Tensor, spec: CodecSpec, *, source: str) -> tuple[Tensor, Tensor]:

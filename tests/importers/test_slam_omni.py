@@ -6,14 +6,17 @@ code rows, and prompts of joint ids.
 
 import logging
 from collections import OrderedDict
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from snac import SNAC
 from torch import Tensor
-from transformers import Qwen2Config, Qwen2ForCausalLM, WhisperFeatureExtractor
+from transformers import Qwen2Config, Qwen2ForCausalLM, WhisperConfig, WhisperFeatureExtractor
+from transformers.initialization import no_init_weights
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from examples.untrained_talker import make_parts
 from omni_adapter import CheckpointError, ConfigError, OmniAdapter, PromptError, SnacCodec
@@ -22,12 +25,35 @@ from omni_adapter.data.layout import get_task
 from omni_adapter.data.processor import OmniProcessor
 from omni_adapter.generation.generator import Decoder, GenerationSettings
 from omni_adapter.importers import ImportOptions, import_talker
-from tests.importers.test_ultravox import FRAME_WIDTH
 
 ROWS, STACK = 7, 5
-TEXT_IDS, CODE_IDS = 448, 64  # of the base and of the small codec; 64 more of each are kept for marks
-TEXT_ROWS, CODE_ROWS = TEXT_IDS + 64, CODE_IDS + 64
 END, PAD, INPUT, ANSWER = range(4)
+
+
+@dataclass(frozen=True)
+class Size:
+    """Sizes of a checkpoint; 64 more ids of text and of each code row are kept for marks."""
+
+    width: int = 32
+    inside: int = 48
+    heads: int = 4
+    kv_heads: int = 2
+    text_ids: int = 448
+    code_ids: int = 64
+    frame_width: int = 32
+    projector_width: int = 40
+
+    @property
+    def text_rows(self) -> int:
+        return self.text_ids + 64
+
+    @property
+    def code_rows(self) -> int:
+        return self.code_ids + 64
+
+
+SMALL = Size()
+TRUE = Size(896, 4864, 14, 2, 151_936, 4096, 768, 2048)  # Qwen2-0.5B, Whisper small, two layers of each
 SYSTEM = {
     "asr": "Transcribe the provided audio into accurate text. ",
     "tts": "Generate a natural and expressive spoken version of the given text. ",
@@ -38,51 +64,53 @@ RATE = 16_000
 STEPS = 10
 
 
-def joint_lm(*, tied: bool) -> Qwen2ForCausalLM:
-    config = lm_config(tied=tied)
-    config.vocab_size = TEXT_ROWS + ROWS * CODE_ROWS
-    with torch.random.fork_rng():
+def joint_lm(size: Size = SMALL, *, tied: bool) -> Qwen2ForCausalLM:
+    config = lm_config(size, tied=tied)
+    config.vocab_size = size.text_rows + ROWS * size.code_rows
+    with torch.random.fork_rng(), no_init_weights():
         torch.manual_seed(3)
         lm = Qwen2ForCausalLM(config).eval()
+        lm.tie_weights()
         for name, parameter in lm.named_parameters():
             if name.endswith("norm.weight"):
-                parameter.data += 0.2 * torch.randn_like(parameter)
+                parameter.data = 1 + 0.2 * torch.randn_like(parameter)
             else:
                 parameter.data.normal_(0, 1 if "embed" in name else parameter.shape[-1] ** -0.5)
     return lm
 
 
-def lm_config(*, tied: bool) -> Qwen2Config:
+def lm_config(size: Size = SMALL, *, tied: bool) -> Qwen2Config:
     return Qwen2Config(
-        vocab_size=TEXT_IDS,
-        hidden_size=32,
-        intermediate_size=48,
+        vocab_size=size.text_ids,
+        hidden_size=size.width,
+        intermediate_size=size.inside,
         num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.kv_heads,
         max_position_embeddings=1024,
         tie_word_embeddings=tied,
     )
 
 
-def projector() -> dict[str, Tensor]:
+def projector(size: Size = SMALL) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(4)
 
     def normal(*shape: int, std: float) -> Tensor:
         return torch.randn(*shape, generator=generator) * std
 
     return {
-        "linear1.weight": normal(40, STACK * FRAME_WIDTH, std=0.1),
-        "linear1.bias": normal(40, std=0.3),
-        "linear2.weight": normal(32, 40, std=0.3),
-        "linear2.bias": normal(32, std=0.3),
+        "linear1.weight": normal(size.projector_width, STACK * size.frame_width, std=0.1),
+        "linear1.bias": normal(size.projector_width, std=0.3),
+        "linear2.weight": normal(size.width, size.projector_width, std=0.3),
+        "linear2.bias": normal(size.width, std=0.3),
     }
 
 
-def trained_state(*, tied: bool) -> "OrderedDict[str, Tensor]":
+def trained_state(size: Size = SMALL, *, tied: bool, lm=None) -> "OrderedDict[str, Tensor]":
     """What SLAM-LLM saves: every parameter that learned, by its name."""
-    state = {f"llm.{name}": parameter.detach() for name, parameter in joint_lm(tied=tied).named_parameters()}
-    state |= {f"encoder_projector.{name}": tensor for name, tensor in projector().items()}
+    lm = lm or joint_lm(size, tied=tied)
+    state = {f"llm.{name}": parameter.detach() for name, parameter in lm.named_parameters()}
+    state |= {f"encoder_projector.{name}": tensor for name, tensor in projector(size).items()}
     return OrderedDict(state)
 
 
@@ -108,10 +136,11 @@ def imported(file: Path, parts, *, base: str = "tied", state=None, **options) ->
 class Reference:
     """The original's model and prompts."""
 
-    def __init__(self, *, tied: bool) -> None:
+    def __init__(self, size: Size = SMALL, *, tied: bool, encoder=None) -> None:
         made = make_parts()
-        self.lm, self.tokenizer, self.encoder = joint_lm(tied=tied), made.tokenizer, made.whisper.encoder
-        self.projector = projector()
+        self.size, self.lm, self.tokenizer = size, joint_lm(size, tied=tied), made.tokenizer
+        self.encoder = encoder or made.whisper.encoder
+        self.projector = projector(size)
 
     def hear(self, samples: np.ndarray) -> Tensor:
         """Embeddings [A, D] of the whole window of 30 s."""
@@ -125,7 +154,7 @@ class Reference:
         """Joint ids [8, T]."""
 
         def code(mark: int, row: int) -> int:
-            return TEXT_ROWS + row * CODE_ROWS + CODE_IDS + mark
+            return self.size.text_rows + row * self.size.code_rows + self.size.code_ids + mark
 
         told = self.tokenizer.encode(f"<SYSTEM>: {system}\n ", add_special_tokens=False)
         asked = self.tokenizer.encode(text, add_special_tokens=False) if text else []
@@ -134,7 +163,7 @@ class Reference:
         for row in range(ROWS):
             rows.append([code(PAD, row)] * (len(told) + 2))
             rows[row] += [code(INPUT, row), *[code(PAD, row)] * length, code(END, row), code(ANSWER, row)]
-        mark = TEXT_IDS
+        mark = self.size.text_ids
         question = [mark + PAD] * length if heard is not None else asked
         last = [mark + INPUT, *told, mark + END, mark + INPUT, *question, mark + END, mark + ANSWER]
         return torch.tensor([*rows, last])
@@ -145,25 +174,26 @@ class Reference:
         if heard is not None:
             embeddings[:ROWS, start : start + len(heard)] = heard
         logits = self.lm(inputs_embeds=embeddings.mean(dim=0)[None]).logits[0]
-        return logits[:, :TEXT_ROWS], logits[:, TEXT_ROWS:].unflatten(-1, (ROWS, CODE_ROWS)).transpose(0, 1)
+        codes = logits[:, self.size.text_rows :].unflatten(-1, (ROWS, self.size.code_rows))
+        return logits[:, : self.size.text_rows], codes.transpose(0, 1)
 
     def generate(self, ids: Tensor, heard: Tensor | None, *, start: int) -> list[list[int]]:
         """[text, codes] of each step of a greedy reply, before anything ends."""
         said = []
-        offsets = TEXT_ROWS + torch.arange(ROWS) * CODE_ROWS
+        offsets = self.size.text_rows + torch.arange(ROWS) * self.size.code_rows
         for _ in range(STEPS):
             text, codes = self.logits(ids, heard, start=start)
             word, row_ids = text[-1].argmax(), codes[:, -1].argmax(-1)
-            assert word != TEXT_IDS + END
-            assert CODE_IDS + END not in row_ids
+            assert word != self.size.text_ids + END
+            assert self.size.code_ids + END not in row_ids
             said.append([int(word), *row_ids.tolist()])
             ids = torch.cat((ids, torch.cat((row_ids + offsets, word[None]))[:, None]), dim=1)
         return said
 
 
-def as_grid(ids: Tensor) -> Tensor:
+def as_grid(ids: Tensor, size: Size = SMALL) -> Tensor:
     """Joint ids as ids of their own rows."""
-    offsets = torch.tensor([TEXT_ROWS + row * CODE_ROWS for row in range(ROWS)] + [0])
+    offsets = torch.tensor([size.text_rows + row * size.code_rows for row in range(ROWS)] + [0])
     return ids - offsets[:, None]
 
 
@@ -191,14 +221,45 @@ def assert_close(one: Tensor, other: Tensor) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("task", ["speech_to_speech", "asr", "speech_to_text", "tts", "text_to_speech"])
 def test_prompts_and_logits_are_theirs(case, samples, task):
-    talker, reference = case
+    check_logits(*case, samples, task)
+
+
+@torch.no_grad()
+@pytest.mark.slow
+def test_logits_of_true_width_are_theirs(tmp_path, samples):
+    torch.manual_seed(0)
+    sizes = {"d_model": TRUE.frame_width, "encoder_attention_heads": 12, "encoder_ffn_dim": 3072}
+    encoder = WhisperEncoder(WhisperConfig(encoder_layers=2, **sizes)).eval()
+    encoder.save_pretrained(tmp_path / "encoder")
+    codec = SNAC(
+        sampling_rate=24_000,
+        encoder_dim=4,
+        encoder_rates=[2, 4, 8, 8],
+        decoder_dim=64,
+        decoder_rates=[8, 8, 4, 2],
+        attn_window_size=None,
+        codebook_size=TRUE.code_ids,
+        vq_strides=[4, 2, 1],
+    )
+    SnacCodec.from_model(codec).save_pretrained(tmp_path / "codec")
+    lm_config(TRUE, tied=True).save_pretrained(tmp_path / "tied")
+    make_parts().tokenizer.save_pretrained(tmp_path / "tied")
+    parts = {name: tmp_path / name for name in ("tied", "encoder", "codec")}
+    reference = Reference(TRUE, tied=True, encoder=encoder)
+    state = trained_state(TRUE, tied=True, lm=reference.lm)
+    talker = imported(tmp_path / "model.pt", parts, state=state)
+    check_logits(talker, reference, samples, "speech_to_speech")
+
+
+def check_logits(talker: OmniAdapter, reference: Reference, samples: np.ndarray, task: str) -> None:
+    """Prompt, what is heard, and all logits of one question."""
     system = SYSTEM.get(task, SYSTEM["speech_to_speech"])
     hears = get_task(task).hears
     heard = reference.hear(samples) if hears else None
     content = [{"type": "audio", "audio": (samples, RATE)}] if hears else TEXT
     sample = talker.processor([{"role": "user", "content": content}], task=task)
     ids = reference.prompt(system, heard=heard, text=None if hears else TEXT)
-    assert torch.equal(sample.layout.grid, as_grid(ids))
+    assert torch.equal(sample.layout.grid, as_grid(ids, reference.size))
     start = sample.layout.spans[0].start if hears else 0
     text, codes = reference.logits(ids, heard, start=start)
     batch = collate([sample], rules=talker.processor.rules)
@@ -265,8 +326,8 @@ def test_parts_are_named_and_the_base_stays_inside(case, parts, tmp_path):
     assert config.encoder.id == str(parts["encoder"])
     assert config.codec.id == str(parts["codec"])
     assert config.audio_adapter.stack == STACK
-    assert config.text_end_ids == (TEXT_IDS + END,)
-    assert talker.model.backbone.vocab_size == TEXT_ROWS
+    assert config.text_end_ids == (SMALL.text_ids + END,)
+    assert talker.model.backbone.vocab_size == SMALL.text_rows
 
 
 def test_all_weights_or_a_second_process_make_no_difference(tmp_path, parts, caplog):
@@ -321,6 +382,13 @@ def test_checkpoints_of_another_kind_are_refused(tmp_path, parts, add, error, me
 def test_what_is_no_whole_talker_is_refused(tmp_path, parts, prefix, message):
     state = {name: value for name, value in trained_state(tied=True).items() if not name.startswith(prefix)}
     with pytest.raises(CheckpointError, match=message):
+        imported(tmp_path / "model.pt", parts, state=state)
+
+
+def test_a_head_of_its_own_does_not_fit_a_base_whose_head_is_tied(tmp_path, parts):
+    state = trained_state(tied=True)
+    state["llm.lm_head.weight"] = state[TABLE] + 1
+    with pytest.raises(CheckpointError, match=r"llm\.lm_head\.weight, which the base ties to .*embed_tokens"):
         imported(tmp_path / "model.pt", parts, state=state)
 
 
