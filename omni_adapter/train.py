@@ -313,7 +313,7 @@ def save_talker(this: Run, settings: TrainSettings) -> None:
             apply_stage(talker, settings)
             _copy_weights(talker, weights)
         include = _parts_to_save(talker, settings)
-        told = {"include": include, "datasets": licences(this.mixture.specs)}
+        told: dict[str, Any] = {"include": include, "datasets": licences(this.mixture.specs)}
         talker.save_pretrained(Path(settings.out) / TALKER_FOLDER, **told)
         if average is not None:
             _copy_weights(talker, average)
