@@ -127,14 +127,15 @@ def test_chat_template_refuses_other_roles(tokenizer):
 # ---- lessons
 
 
-def all_lessons(tokenizer):
+@pytest.fixture(scope="module")
+def lessons(tokenizer):
+    """Everything that the LM learns from."""
     records = [record.as_row() for record in world.records("train")]
     records += [*lm_training.unspoken_wordings(), *lm_training.long_counts()]
     return lm_training.make_lessons(records, tokenizer)
 
 
-def test_no_lesson_is_held_out(tokenizer):
-    lessons = all_lessons(tokenizer)
+def test_no_lesson_is_held_out(tokenizer, lessons):
     held_out = lm_training.make_lessons((r.as_row() for r in world.records("heldout")), tokenizer)
     assert {lesson.prompt for lesson in lessons} & {lesson.prompt for lesson in held_out} == set()
     assert {lesson.prompt for lesson in lessons} >= {
@@ -150,8 +151,7 @@ def test_long_counts_go_on_where_the_world_stops():
     assert "please count from zero until twenty" in counts
 
 
-def test_a_step_takes_the_same_lessons_every_time(tokenizer):
-    lessons = all_lessons(tokenizer)
+def test_a_step_takes_the_same_lessons_every_time(tokenizer, lessons):
     lm = lm_training.make_lm("llama", tokenizer)
     one, other = (lm_training.LmTraining(lm, lessons, tokenizer.pad_token_id, seed=s) for s in (0, 1))
     assert torch.equal(one.batch(21).ids, one.batch(21).ids)
