@@ -283,7 +283,7 @@ def test_a_base_without_some_weights(part_folders, tmp_path):
 @pytest.mark.parametrize(
     ("part", "name", "message"),
     [
-        ("base", "./../../etc", "is not one of base, encoder, codec inside the folder"),
+        ("base", "./../../etc", "is not one of base, encoder, codec, base_adapter inside"),
         ("base", "/etc", "which is no Hub id"),
         ("encoder", "../evil.pt", "which is no Hub id"),
         ("codec", "", "names no id for one of its parts"),
