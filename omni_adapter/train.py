@@ -359,7 +359,7 @@ def _four_bits(dtype: str) -> Any:
         import bitsandbytes  # type: ignore[import-not-found,unused-ignore]  # noqa: F401
         import transformers
     except ImportError as error:
-        raise MissingDependencyError("bitsandbytes", extra="train", purpose="model.quantize") from error
+        raise MissingDependencyError("bitsandbytes", extra="quantized", purpose="model.quantize") from error
     make: Any = transformers.BitsAndBytesConfig
     return make(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=getattr(torch, dtype))
 

@@ -9,7 +9,7 @@ folder="$(mktemp -d)"
 trap 'rm -rf "$folder"' EXIT
 
 "$PYTHON" -m venv "$folder/venv"
-"$folder/venv/bin/pip" install -q "$torch" -e '.[train,ray,whisper,mic,serve,dev]'
+"$folder/venv/bin/pip" install -q "$torch" -e '.[train,ray,quantized,whisper,mic,serve,dev]'
 grep '^#' constraints.txt >"$folder/constraints.txt"
 # Local versions (torch's "+cpu") and the packages that belong to one build of torch would tie users to this machine's.
 "$folder/venv/bin/pip" freeze --all | sed -E 's/\+[a-z0-9.]+$//' |

@@ -122,7 +122,7 @@ def take_adapter(model: Any) -> tuple[Any, Carried | None]:
             "that merge_and_unload() returns"
         )
     name = names.pop()
-    config: Any = copy.deepcopy(lm.peft_config[name])  # type: ignore[index]
+    config: Any = copy.deepcopy(lm.peft_config[name])
     _check_kind(config)
     config.inference_mode = True
     found = get_peft_model_state_dict(

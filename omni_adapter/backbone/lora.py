@@ -66,7 +66,7 @@ class Lora:
             return
         self._peft = beside._peft
         self._peft.add_adapter(name, config)
-        self._activate()
+        self._put_in_force(beside.name, name)
         layers = linear_layers(lm)
         self.targets = tuple(
             sorted(key for key, layer in layers.items() if name in getattr(layer, "lora_A", ()))
@@ -84,10 +84,11 @@ class Lora:
         for weight in self._parameters().values():
             weight.requires_grad_(False)
 
-    def _activate(self) -> None:
-        """Put this LoRA in force beside the one that was there; only this one learns."""
+    def _put_in_force(self, *names: str) -> None:
+        """Let the LM run with these, of which the one that was there before never learns."""
+        tuner: Any = self._peft.base_model
+        tuner.set_adapter(list(names))
         assert self._beside is not None
-        self._peft.base_model.set_adapter([self._beside.name, self.name])
         self._beside.freeze()
 
     @contextmanager
@@ -99,11 +100,11 @@ class Lora:
                 with self._peft.disable_adapter():
                     yield
             else:
-                self._peft.base_model.set_adapter(self._beside.name)
+                self._put_in_force(self._beside.name)
                 yield
         finally:
             if self._beside is not None:
-                self._activate()
+                self._put_in_force(self._beside.name, self.name)
             for parameter, flag in flags:
                 parameter.requires_grad_(flag)
 
@@ -170,8 +171,7 @@ class Lora:
             self._peft.unload()
             return
         self._peft.delete_adapter(self.name)
-        self._peft.base_model.set_adapter(self._beside.name)
-        self._beside.freeze()
+        self._put_in_force(self._beside.name)
 
     def merge(self) -> None:
         """Add the updates, those beside it too, to the base's weights for good, and take all LoRA off."""
