@@ -87,12 +87,14 @@ class Totals:
         rejected: rows in quarantine.
         seconds: hours' worth of speech by column, in seconds.
         reasons: rejects by reason.
+        columns: columns with a value in any row; the others are empty.
     """
 
     rows: int = 0
     rejected: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     reasons: dict[str, int] = field(default_factory=dict)
+    columns: list[str] = field(default_factory=list)
 
 
 class Preparation:
@@ -230,6 +232,7 @@ class Preparation:
             "seconds": {
                 name: round(sum(row[name] for row in rows), 3) for name in ("seconds_in", "seconds_out")
             },
+            "columns": sorted({name for row in rows for name, value in row.items() if value is not None}),
             "rejects": bad,
         }
         _write(self._shard(shard), content)
@@ -247,8 +250,10 @@ class Preparation:
                 f"{len(missing)} of {self.num_shards} shards are not done; run the same command again"
             )
         totals, rejects, lines = Totals(), Rejects(limit=self.settings.max_bad), []
+        columns: set[str] = set()
         for record in self._records():
             totals.rows += record["rows"]
+            columns.update(record["columns"])
             for column, seconds in record["seconds"].items():
                 totals.seconds[column] = round(totals.seconds.get(column, 0.0) + seconds, 3)
             for reject in record["rejects"]:
@@ -258,6 +263,7 @@ class Preparation:
         rejects.examples = {reason: examples[:3] for reason, examples in rejects.examples.items()}
         rejects.take(totals.rows)
         totals.rejected, totals.reasons = rejects.total, dict(sorted(rejects.counts.items()))
+        totals.columns = sorted(columns)
         _write(self.out / QUARANTINE_FILE, "".join(lines).encode())
         if totals.rejected:
             logger.warning(

@@ -28,6 +28,8 @@ from omni_adapter.data.rows import to_sample
 from omni_adapter.data.sources import SourceSpec, open_source
 from omni_adapter.data.synthesis import CommandSynthesizer, PipelineSynthesizer, make_synthesizer
 from omni_adapter.errors import AudioError, ConfigError, DataError, RowError
+from omni_adapter.training.lessons import open_mixture
+from omni_adapter.training.settings import TrainSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = ("one", "two", "three", "four", "five")
@@ -97,6 +99,27 @@ def test_prepared_rows_are_the_recordings(finished, sounds, codec, talker):
         assert (row.id, row.text_out) == (f"{number:02d}.wav", WORDS[number % len(WORDS)])
         assert torch.equal(row.codes_out, codec.encode(waveform))
         assert to_sample(row, talker.processor).layout.grid.shape[1] > row.codes_out.shape[1]
+
+
+def test_prepared_rows_without_a_task_serve_those_that_their_columns_can(sounds, codec, tmp_path):
+    out = tmp_path / "codes"
+    spec = SourceSpec(str(sounds), columns=COLUMNS)
+    do_all(Preparation(spec, out, codec=codec, settings=SETTINGS))
+    assert set(open_source(SourceSpec(str(out))).columns) == {
+        "id", "codes_out", "text_out", "seconds_in", "seconds_out", "tags",
+    }  # fmt: skip
+    settings = parse(TrainSettings, {"data": {"sources": [str(out)]}}, source="test")
+    assert [spec.task for spec in open_mixture(settings).specs] == ["tts"]
+    stream = open_source(SourceSpec(str(out), streaming=True))
+    assert "task" not in stream.columns
+    assert len(stream.read(0, 0)["codes_out"]) == codec.spec.num_codebooks
+
+
+def test_prepared_folders_that_do_not_say_what_they_hold(finished, tmp_path):
+    out = shutil.copytree(finished, tmp_path / "codes")
+    (out / "prepared.json").write_text('{"rows": 19}')
+    with pytest.raises(DataError, match="does not say which columns are filled; prepare the data again"):
+        open_source(SourceSpec(str(out)))
 
 
 def test_quarantine_says_which_file_and_why(finished, sounds):

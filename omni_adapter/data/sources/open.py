@@ -5,6 +5,7 @@ differ in form, and audio folders. Recordings stay undecoded, and damaged parts 
 nothing of mixtures, samples or models.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from fnmatch import fnmatch
@@ -123,6 +124,16 @@ def _open_published(spec: SourceSpec, chosen: Chosen, *, seed: int | None) -> So
     return _open(spec, seed=seed)
 
 
+def _filled_columns(prepared: Path) -> tuple[str, ...]:
+    """Columns of prepared data that hold anything: the files have every column of the schema."""
+    try:
+        return tuple(json.loads((prepared / TOTALS_FILE).read_text(encoding="utf-8"))["columns"])
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise DataError(
+            f"{prepared / TOTALS_FILE} does not say which columns are filled; prepare the data again"
+        ) from error
+
+
 def _open(spec: SourceSpec, *, seed: int | None) -> Source | Stream:
     files = local_files(spec.path)
     if files is None:
@@ -137,7 +148,8 @@ def _open(spec: SourceSpec, *, seed: int | None) -> Source | Stream:
         )
     if "parquet" in kinds:
         parquet = [file for file in files if kind_of(file) == "parquet"]
-        return open_parquet(spec, parquet, root=root, seed=seed)
+        source = open_parquet(spec, parquet, root=root, seed=seed)
+        return source.only(_filled_columns(folder)) if folder / TOTALS_FILE in files else source
     lines = [file for file in files if kind_of(file) == "json"]
     if lines and "audio" not in kinds and not spec.streaming:
         return JsonLines(lines, name=spec.path)

@@ -128,6 +128,14 @@ class Stream:
             raise DataError(f"{self.name}: no usable row among {len(self._spares)} in a row")
         return self._convert(_placed(self._spares[-1 - attempt], self._recordings, self._caches))
 
+    def only(self, columns: Sequence[str]) -> Self:
+        """Return the same rows with the wanted columns alone; before the first row is read."""
+        part = copy.copy(self)
+        part.columns = tuple(column for column in self.columns if column in columns)
+        part._dataset = self._dataset.select_columns(list(part.columns))
+        part._recordings = tuple(column for column in self._recordings if column in columns)
+        return part
+
     @property
     def passes(self) -> int:
         """Passes that are behind the row that was read last."""
