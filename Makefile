@@ -14,13 +14,16 @@ PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 export PYTHON VENV
 
 .DEFAULT_GOAL := help
-.PHONY: help talk test test-all lint format clean distclean voices
+.PHONY: help talk tiny test test-all lint format clean distclean voices
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## *' '{ printf "make %-10s %s\n", $$1, $$2 }'
 
 talk: $(VENV)/.core voices  ## ask a small offline talker a spoken question; its reply goes to build/reply.wav
 	$(BIN)/python examples/talk_offline.py $(ARGS)
+
+tiny: $(VENV)/.tiny voices  ## train the tiny talker of examples/tiny_talker from nothing (hours; goes on after a stop)
+	$(BIN)/python examples/tiny_talker/make.py $(ARGS)
 
 test: $(VENV)/.dev voices  ## run the tests (pass options on with ARGS="-k delay")
 	$(PYTEST) $(ARGS)
@@ -52,6 +55,10 @@ $(VENV)/.core: pyproject.toml constraints.txt scripts/setup.sh
 	@touch $@
 
 # With the extras comes all that .core promises.
+$(VENV)/.tiny: pyproject.toml constraints.txt scripts/setup.sh
+	scripts/setup.sh venv tiny
+	@touch $(VENV)/.core $@
+
 $(VENV)/.dev: pyproject.toml constraints.txt scripts/setup.sh
 	scripts/setup.sh venv dev
 	@touch $(VENV)/.core $@
