@@ -121,7 +121,7 @@ def test_stages_in_turn(world, tmp_path):
 
     talker = OmniAdapter.from_pretrained(anneal / "talker")
     reply = talker.chat(text="How are you today?", max_new_tokens=12)
-    talker.merge_and_save(tmp_path / "merged")
+    talker.export(tmp_path / "merged")
     merged = OmniAdapter.from_pretrained(tmp_path / "merged").chat(
         text="How are you today?", max_new_tokens=12
     )
