@@ -198,7 +198,7 @@ def test_the_loss_of_the_lm_falls(world_folder, tokenizer, tmp_path):
     schedule = replace(SCHEDULE, num_steps=5 * group, check_every=5 * group)
     trainer = part_training.PartTrainer(lm, schedule=schedule, folder=tmp_path)
     losses = trainer.run(training.loss, lambda: "")
-    assert sum(losses[-group:]) < 0.6 * sum(losses[:group])
+    assert sum(losses[-group:]) < 0.75 * sum(losses[:group])
 
 
 def test_exact_match_is_what_greedy_decoding_does(world_folder, tokenizer, tmp_path):
