@@ -38,6 +38,14 @@ _CANCELLED_ENERGY = 1e-4  # the mix is this much weaker than a channel: the chan
 _MAX_PEAK = 8.0  # louder floats are not samples in -1..1 that went a bit too high
 _MAGIC = (b"RIFF", b"RIFX", b"RF64", b"FORM", b"fLaC", b"OggS")
 _SMALLEST_FILE = 512
+# What is decoded at all: decoders of rare formats are seldom tested, and files may come from strangers.
+_CONTAINERS = frozenset({"WAV", "WAVEX", "RF64", "W64", "AIFF", "AU", "CAF", "NIST", "FLAC", "OGG", "MP3"})
+_ENCODINGS = frozenset(
+    {
+        "PCM_S8", "PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE", "ULAW", "ALAW", "ALAC_16",
+        "ALAC_20", "ALAC_24", "ALAC_32", "VORBIS", "OPUS", "MPEG_LAYER_I", "MPEG_LAYER_II", "MPEG_LAYER_III",
+    }
+)  # fmt: skip
 _TORN_CHUNK = re.compile(r"^\s*(?:data|SSND)\s*:\s*(\d+) \(should be (\d+)\)", re.MULTILINE)
 
 
@@ -52,9 +60,9 @@ def read_waveform(
     """Read a recording as mono at ``sampling_rate``.
 
     Args:
-        source: path, bytes or open file in any format that libsndfile reads; or samples, [N], [N, channels]
-            or [channels, N] (the shorter axis counts as channels), floats in -1..1 or integers in the range
-            of their type.
+        source: path, bytes or open file, in wav, flac, ogg, mp3, aiff, au or caf; or samples, [N],
+            [N, channels] or [channels, N] (the shorter axis counts as channels), floats in -1..1 or integers
+            in the range of their type.
         sampling_rate: rate of the result, Hz.
         array_rate: rate of samples that come without one, Hz.
         max_seconds: longest recording that is read.
@@ -66,7 +74,8 @@ def read_waveform(
 
     Raises:
         AudioError: with ``reason`` one of ``wrong_type``, ``bad_rate``, ``not_found``, ``unreadable``,
-            ``empty``, ``truncated``, ``too_long``, ``not_finite``, ``out_of_range``, ``silent``.
+            ``unsupported``, ``empty``, ``truncated``, ``too_long``, ``not_finite``, ``out_of_range``,
+            ``silent``.
     """
     recording = _open(source, array_rate, max_seconds)
     waveform, levels = _decode(recording, sampling_rate, max_seconds, channel=None)
@@ -319,7 +328,8 @@ def _open_file(source: Any, name: str, max_seconds: float) -> _Recording:
         raise AudioError(f"{name} is empty: it holds no bytes", reason="empty")
     try:
         with _Forward(source) as file:
-            rate, num_frames, log, kind = file.samplerate, file.frames, file.extra_info, file.format
+            rate, num_frames, log = file.samplerate, file.frames, file.extra_info
+            kind, encoding = file.format, file.subtype
     except (soundfile.LibsndfileError, OSError, TypeError) as error:
         if head.startswith(_MAGIC) and num_bytes < _SMALLEST_FILE:
             text = f"{name} is empty: it breaks off within its header"
@@ -328,6 +338,11 @@ def _open_file(source: Any, name: str, max_seconds: float) -> _Recording:
             f"{name} is not audio that can be read: {error}; wav, flac, ogg, mp3 and aiff are among what can",
             reason="unreadable",
         ) from error
+    if kind not in _CONTAINERS or encoding not in _ENCODINGS:
+        raise AudioError(
+            f"{name} is {encoding} in {kind}, which is not decoded; convert it to 16-bit wav or to flac",
+            reason="unsupported",
+        )
     claimed = None if num_frames >= _UNKNOWN_FRAMES else num_frames
     if claimed is not None and claimed > max_seconds * rate:
         raise _too_long(name, claimed / rate, max_seconds)

@@ -143,6 +143,13 @@ BROKEN = [
     ("text", b"this is no audio at all" * 99, "unreadable", "not audio"),
     ("zip", b"PK\x03\x04" + bytes(999), "unreadable", "not audio"),
     ("0 Hz", patched(WAV, 24, bytes(4)), "unreadable", "not audio"),
+    (
+        "rare encoding",
+        as_file(tone(), subtype="IMA_ADPCM"),
+        "unsupported",
+        "IMA_ADPCM in WAV, which is not decoded",
+    ),
+    ("rare container", as_file(tone(), kind="VOC"), "unsupported", "PCM_16 in VOC, which is not decoded"),
     ("NaN", as_file(NOT_FINITE, subtype="FLOAT"), "not_finite", "NaN"),
     ("infinity", as_file(np.full(RATE, np.inf), subtype="FLOAT"), "not_finite", "NaN"),
     ("silence", as_file(np.zeros(RATE)), "silent", "is silent"),
