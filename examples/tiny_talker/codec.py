@@ -21,6 +21,7 @@ What is known of speech makes it quick, in three parts:
 import argparse
 import json
 import math
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -36,6 +37,10 @@ from transformers.audio_utils import mel_filter_bank
 
 from omni_adapter.audio.codec import SnacCodec, rows_from_levels
 from omni_adapter.audio.waveform import read_waveform
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from part_training import STATE_FILE, pick_device, training_folder, write_state
 
 MODEL = {
     "sampling_rate": 24_000,
@@ -393,9 +398,7 @@ class Trainer:
             "code_sizes": self.code_sizes,
             "code_sums": self.code_sums,
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(state, path.with_suffix(".new"))
-        path.with_suffix(".new").replace(path)
+        write_state(path, state)
 
     def load(self, path: Path) -> None:
         """Go on from what :meth:`save` wrote."""
@@ -540,7 +543,7 @@ def train(
 
 def state_path(out: Path) -> Path:
     """Where the state of a training is kept whose codec goes to ``out``."""
-    return out.with_name(out.name + "-training") / "state.pt"
+    return training_folder(out) / STATE_FILE
 
 
 def open_trainer(settings: Settings, *, data: Path, out: Path, device: torch.device) -> Trainer:
@@ -628,8 +631,7 @@ def main() -> None:
         "--encode", type=Path, nargs="+", help="do not train; add codes to the answers of rows"
     )
     arguments = parser.parse_args()
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    device = torch.device(arguments.device if arguments.device != "auto" else found or "cpu")
+    device = pick_device(arguments.device)
     steps = Settings().steps | {"decoder": arguments.steps, "encoder": arguments.steps}
     settings = Settings(steps=steps, seed=arguments.seed, compile=arguments.encode is None)
     if arguments.encode is None:

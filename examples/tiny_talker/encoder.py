@@ -11,7 +11,6 @@ words in its last frames. The layers that read them are not kept. Speed, voice a
 features (SpecAugment, Park et al. 2019, and stretched axes).
 """
 
-import argparse
 import copy
 import json
 import sys
@@ -33,7 +32,15 @@ from omni_adapter.modules.audio_encoder import AudioEncoder
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from part_training import PartTrainer, Schedule, pick_device, step_generator, training_folder
+from part_training import (
+    PartTrainer,
+    Schedule,
+    pick_device,
+    step_generator,
+    training_arguments,
+    training_folder,
+    training_parser,
+)
 
 SIZES = {
     "num_mel_bins": 80,
@@ -431,21 +438,13 @@ def describe(rates: Mapping[str, float]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train the tiny talker's audio encoder.")
-    parser.add_argument("--world", type=Path, default=Path("build/tiny/world"), help="folder of the world")
+    parser = training_parser("Train the tiny talker's audio encoder.", steps=SCHEDULE.num_steps)
     parser.add_argument("--out", type=Path, default=Path("build/tiny/encoder"), help="folder to write")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, mps, ... or auto")
-    parser.add_argument("--steps", type=int, default=SCHEDULE.num_steps, help="steps in total")
-    parser.add_argument("--until", type=int, help="stop before this step, for the next run to go on")
-    parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     train_encoder(
         arguments.world,
         arguments.out,
-        schedule=Schedule(**{**vars(SCHEDULE), "num_steps": arguments.steps}),
-        device=arguments.device,
-        seed=arguments.seed,
-        until=arguments.until,
+        **training_arguments(arguments, SCHEDULE),
     )
 
 

@@ -10,7 +10,6 @@ Besides the records, the LM reads the wordings of training pairs that the world 
 further. A held-out pair occurs in none of them.
 """
 
-import argparse
 import json
 import sys
 from collections import Counter
@@ -27,7 +26,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from part_training import PartTrainer, Schedule, pick_device, step_generator, training_folder
+from part_training import (
+    PartTrainer,
+    Schedule,
+    pick_device,
+    step_generator,
+    training_arguments,
+    training_folder,
+    training_parser,
+)
 from world import DAYS, MONTHS, NUMBERS, held_out, pairs
 
 KINDS: Mapping[str, Mapping[str, Any]] = {
@@ -383,23 +390,15 @@ def train_lm(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train the tiny talker's language model.")
+    parser = training_parser("Train the tiny talker's language model.", steps=SCHEDULE.num_steps)
     parser.add_argument("--kind", choices=KINDS, default="llama", help="architecture")
-    parser.add_argument("--world", type=Path, default=Path("build/tiny/world"), help="folder of the world")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, mps, ... or auto")
-    parser.add_argument("--steps", type=int, default=SCHEDULE.num_steps, help="steps in total")
-    parser.add_argument("--until", type=int, help="stop before this step, for the next run to go on")
-    parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     train_lm(
         arguments.world,
         arguments.out,
         kind=arguments.kind,
-        schedule=Schedule(**{**vars(SCHEDULE), "num_steps": arguments.steps}),
-        device=arguments.device,
-        seed=arguments.seed,
-        until=arguments.until,
+        **training_arguments(arguments, SCHEDULE),
     )
 
 

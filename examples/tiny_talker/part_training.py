@@ -5,14 +5,18 @@ the step alone, so that a run that was stopped ends where it would have ended. K
 speech.
 """
 
+import argparse
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+STATE_FILE = "state.pt"
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,7 @@ class PartTrainer:
     def __init__(self, module: nn.Module, *, schedule: Schedule, folder: Path) -> None:
         self.module = module
         self.schedule = schedule
-        self.path = folder / "state.pt"
+        self.path = folder / STATE_FILE
         learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
         groups = [
             {"params": [p for p in learning if p.dim() > 1], "weight_decay": schedule.weight_decay},
@@ -114,16 +118,13 @@ class PartTrainer:
         return float(loss.detach())
 
     def _save(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         state = {
             "step": self.step,
             "minutes": self.minutes,
             "module": self.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
         }
-        new = self.path.with_suffix(".new")
-        torch.save(state, new)
-        new.replace(self.path)
+        write_state(self.path, state)
 
     def _load(self) -> None:
         device = next(self.module.parameters()).device
@@ -132,6 +133,40 @@ class PartTrainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.minutes = state["step"], state["minutes"]
         print(f"going on after step {self.step}", flush=True)
+
+
+def training_parser(purpose: str, *, steps: int) -> argparse.ArgumentParser:
+    """Return the options that the trainings share, but for where their parts go.
+
+    Args:
+        purpose: what is trained, in a sentence.
+        steps: steps in total, unless the command line says otherwise.
+    """
+    parser = argparse.ArgumentParser(description=purpose)
+    parser.add_argument("--world", type=Path, default=Path("build/tiny/world"), help="folder of the world")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, mps, ... or auto")
+    parser.add_argument("--steps", type=int, default=steps, help="steps in total")
+    parser.add_argument("--until", type=int, help="stop before this step, for the next run to go on")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def training_arguments(given: argparse.Namespace, schedule: Schedule) -> dict[str, Any]:
+    """Return what the options of :func:`training_parser` say to a training."""
+    return {
+        "schedule": replace(schedule, num_steps=given.steps),
+        "device": given.device,
+        "seed": given.seed,
+        "until": given.until,
+    }
+
+
+def write_state(path: Path, state: dict[str, Any]) -> None:
+    """Write what a training needs to go on, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_suffix(".new")
+    torch.save(state, new)
+    new.replace(path)
 
 
 def pick_device(name: str) -> torch.device:

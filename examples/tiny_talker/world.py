@@ -273,18 +273,32 @@ def _color(thing: str) -> Exchange:
 
 
 def _sounds() -> Iterator[Pair]:
-    for animal, sound in SOUNDS.items():
-        answer = f"the {animal} says {sound}"
-        questions = (f"what does the {animal} say", f"which animal says {sound}")
-        facts = tuple(Exchange(question, answer) for question in questions)
-        yield Pair("sound", _key("sound", animal), facts, fact=True)
-        for other, wrong in SOUNDS.items():
-            if other != animal:
+    return _doings(
+        "sound",
+        SOUNDS,
+        answer="the {who} says {what}",
+        facts=("what does the {who} say", "which animal says {what}"),
+        choices=("which animal says {what}", "does the {who} say {a} or {b}"),
+    )
+
+
+def _doings(
+    kind: str, table: Mapping[str, str], *, answer: str, facts: Sequence[str], choices: tuple[str, str]
+) -> Iterator[Pair]:
+    """Who does what, asked outright; and who of two, and what of two."""
+    who_of_two, what_of_two = choices[0] + " the {a} or the {b}", choices[1]
+    for who, what in table.items():
+        fill = {"who": who, "what": what, "a": "{a}", "b": "{b}"}
+        told = answer.format(**fill)
+        exchanges = tuple(Exchange(question.format(**fill), told) for question in facts)
+        yield Pair(kind, _key(kind, who), exchanges, fact=True)
+        for other, wrong in table.items():
+            if other != who:
                 exchanges = (
-                    *_choices([f"which animal says {sound} the {{a}} or the {{b}}"], animal, other, answer),
-                    *_choices([f"does the {animal} say {{a}} or {{b}}"], sound, wrong, answer),
+                    *_choices([who_of_two.format(**fill)], who, other, told),
+                    *_choices([what_of_two.format(**fill)], what, wrong, told),
                 )
-                yield Pair("sound", _key("sound", animal, other, ordered=True), exchanges)
+                yield Pair(kind, _key(kind, who, other, ordered=True), exchanges)
 
 
 def _calendar() -> Iterator[Pair]:
@@ -379,18 +393,13 @@ def _definitions() -> Iterator[Pair]:
 
 
 def _jobs() -> Iterator[Pair]:
-    for job, place in WORK.items():
-        answer = f"the {job} works at the {place}"
-        questions = (f"where does the {job} work", f"who works at the {place}")
-        facts = tuple(Exchange(question, answer) for question in questions)
-        yield Pair("work", _key("work", job), facts, fact=True)
-        for other, wrong in WORK.items():
-            if other != job:
-                exchanges = (
-                    *_choices([f"who works at the {place} the {{a}} or the {{b}}"], job, other, answer),
-                    *_choices([f"does the {job} work at the {{a}} or the {{b}}"], place, wrong, answer),
-                )
-                yield Pair("work", _key("work", job, other, ordered=True), exchanges)
+    return _doings(
+        "work",
+        WORK,
+        answer="the {who} works at the {what}",
+        facts=("where does the {who} work", "who works at the {what}"),
+        choices=("who works at the {what}", "does the {who} work at the {a} or the {b}"),
+    )
 
 
 _OPPOSITE = {**dict(OPPOSITES), **{b: a for a, b in OPPOSITES}}

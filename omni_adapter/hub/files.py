@@ -5,6 +5,7 @@ values mean.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -57,15 +58,11 @@ def read_figures(folder: Path) -> dict[str, float]:
     Raises:
         CheckpointError: if the file is no JSON object of numbers.
     """
-    path = folder / EVALUATION_FILE
-    values = read_json(path) if path.is_file() else {}
-    for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise CheckpointError(
-                f'{path} must hold names and numbers, such as {{"WER, test-clean": 0.06}}; '
-                f"{short(name)} is {short(value)}"
-            )
-    return values
+    return _read_facts(
+        folder / EVALUATION_FILE,
+        fits=lambda value: isinstance(value, int | float) and not isinstance(value, bool),
+        form='names and numbers, such as {"WER, test-clean": 0.06}',
+    )
 
 
 def read_datasets(folder: Path) -> dict[str, str]:
@@ -74,21 +71,26 @@ def read_datasets(folder: Path) -> dict[str, str]:
     Raises:
         CheckpointError: if the file is no JSON object of texts.
     """
-    path = folder / DATASETS_FILE
-    values = read_json(path) if path.is_file() else {}
-    for name, value in values.items():
-        if not isinstance(value, str):
-            raise CheckpointError(
-                f'{path} must hold data sets and their licences, such as {{"org/speech": "cc-by-4.0"}}; '
-                f"{short(name)} is {short(value)}"
-            )
-    return values
+    return _read_facts(
+        folder / DATASETS_FILE,
+        fits=lambda value: isinstance(value, str),
+        form='data sets and their licences, such as {"org/speech": "cc-by-4.0"}',
+    )
 
 
 def short(value: Any, limit: int = 60) -> str:
     """Return a value as it is written in Python, cut to ``limit`` characters for a message."""
     text = repr(value)
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def _read_facts(path: Path, *, fits: Callable[[Any], bool], form: str) -> dict[str, Any]:
+    """Values by name, every one of the same form; nothing without the file."""
+    values = read_json(path) if path.is_file() else {}
+    for name, value in values.items():
+        if not fits(value):
+            raise CheckpointError(f"{path} must hold {form}; {short(name)} is {short(value)}")
+    return values
 
 
 def _refuse_constant(name: str) -> None:

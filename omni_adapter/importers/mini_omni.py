@@ -28,7 +28,17 @@ from transformers import AutoTokenizer, PreTrainedModel, Qwen2Config, Qwen2ForCa
 
 from omni_adapter.config import Positive, parse
 from omni_adapter.errors import CheckpointError, ConfigError
-from omni_adapter.importers.port import ImportOptions, Source, keep_inside, lm_dtype, load_weights
+from omni_adapter.importers.port import (
+    DEFAULT_CODEC,
+    DEFAULT_ENCODER,
+    SPECIAL_IDS,
+    ImportOptions,
+    Source,
+    keep_inside,
+    lm_dtype,
+    load_weights,
+    text_marks,
+)
 from omni_adapter.modules.audio_encoder import AudioEncoder
 from omni_adapter.talker import OmniAdapter
 from omni_adapter.tensor_files import check_finite, check_shapes, read_torch_file
@@ -39,11 +49,7 @@ logger = logging.getLogger(__name__)
 WEIGHTS_FILE = "lit_model.pth"
 CONFIG_FILE = "model_config.yaml"
 ENCODER_FILE = "small.pt"
-DEFAULT_ENCODER = "openai/whisper-small"
-DEFAULT_CODEC = "hubertsiuzdak/snac_24khz"
 
-_SPECIAL_IDS = 64  # rows of each vocabulary, text and every code row, that the checkpoint keeps for marks
-_MARKS = ("end", "pad", "input", "answer", "asr")  # the first of them, in both vocabularies
 _MAX_LAYERS = 1000
 _MAX_CONFIG_BYTES = 1 << 20
 _WTE, _HEAD = "transformer.wte.weight", "lm_head.weight"
@@ -96,9 +102,9 @@ class LitConfig:
             )
         if self.head_size not in (None, self.n_embd // self.n_head):
             raise ValueError(f"head_size must be n_embd / n_head, got {self.head_size}")
-        if min(self.text_vocab_size, self.audio_vocab_size) <= _SPECIAL_IDS:
+        if min(self.text_vocab_size, self.audio_vocab_size) <= SPECIAL_IDS:
             raise ValueError(
-                f"text_vocab_size and audio_vocab_size hold {_SPECIAL_IDS} marks beside their ids"
+                f"text_vocab_size and audio_vocab_size hold {SPECIAL_IDS} marks beside their ids"
             )
         if self.cat_audio_vocab_size % self.audio_vocab_size:
             raise ValueError("cat_audio_vocab_size must be a multiple of audio_vocab_size")
@@ -121,8 +127,7 @@ class LitConfig:
     @property
     def text_marks(self) -> TextMarks:
         """Ids of the text marks."""
-        first = self.text_vocab_size - _SPECIAL_IDS
-        return TextMarks(**{name: first + index for index, name in enumerate(_MARKS)})
+        return text_marks(self.text_vocab_size)
 
 
 class MiniOmniImporter:
@@ -452,9 +457,9 @@ def _check_codec(talker: OmniAdapter, config: LitConfig) -> None:
     """Refuse a codec or encoder whose sizes are not those that the checkpoint was trained with."""
     spec, vocabulary = talker.config.codec_spec, talker.config.vocabulary
     rows, size = config.cat_audio_vocab_size // config.audio_vocab_size, config.audio_vocab_size
-    if (spec.num_codebooks, spec.codebook_size, vocabulary.size) != (rows, size - _SPECIAL_IDS, size):
+    if (spec.num_codebooks, spec.codebook_size, vocabulary.size) != (rows, size - SPECIAL_IDS, size):
         raise CheckpointError(
-            f"the checkpoint speaks {rows} code rows of {size - _SPECIAL_IDS} codes, the codec has "
+            f"the checkpoint speaks {rows} code rows of {size - SPECIAL_IDS} codes, the codec has "
             f"{spec.num_codebooks} of {spec.codebook_size}; pass the codec that it was trained with"
         )
     if talker.config.encoder_width != config.whisper_adapter_dim:

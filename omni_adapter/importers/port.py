@@ -21,6 +21,15 @@ from omni_adapter.hub.options import HUB_ERRORS, unreachable
 from omni_adapter.model_card import CARD_FILE, read_license
 from omni_adapter.talker import OmniAdapter
 from omni_adapter.tensor_files import check_shapes
+from omni_adapter.vocab import TextMarks
+
+DEFAULT_ENCODER = "openai/whisper-small"
+DEFAULT_CODEC = "hubertsiuzdak/snac_24khz"
+
+SPECIAL_IDS = 64
+"""Rows of each vocabulary, text and every code row, that checkpoints of Mini-Omni's layout keep for marks."""
+
+_MARKS = ("end", "pad", "input", "answer", "asr")  # the first of them, in both vocabularies
 
 
 @dataclass(frozen=True)
@@ -185,3 +194,9 @@ def _fetch(name: str, patterns: Collection[str], options: HubOptions) -> Source:
     except HUB_ERRORS as error:
         raise CheckpointError(unreachable(name, error)) from error
     return Source(Path(folder), name, name)
+
+
+def text_marks(text_rows: int) -> TextMarks:
+    """Return the ids of the text marks where the text's table has ``text_rows`` rows, marks included."""
+    first = text_rows - SPECIAL_IDS
+    return TextMarks(**{name: first + index for index, name in enumerate(_MARKS)})

@@ -26,11 +26,15 @@ from omni_adapter import hub
 from omni_adapter.config import CodecSpec
 from omni_adapter.errors import CheckpointError, ConfigError
 from omni_adapter.importers.port import (
+    DEFAULT_CODEC,
+    DEFAULT_ENCODER,
+    SPECIAL_IDS,
     ImportOptions,
     Source,
     keep_inside,
     lm_dtype,
     load_weights,
+    text_marks,
     with_refs,
 )
 from omni_adapter.talker import OmniAdapter
@@ -41,11 +45,7 @@ logger = logging.getLogger(__name__)
 
 WEIGHTS_FILE = "model.pt"
 DEFAULT_BASE = "Qwen/Qwen2-0.5B"
-DEFAULT_ENCODER = "openai/whisper-small"
-DEFAULT_CODEC = "hubertsiuzdak/snac_24khz"
 
-_SPECIAL_IDS = 64  # rows of each vocabulary, text and every code row, that the checkpoint keeps for marks
-_MARKS = ("end", "pad", "input", "answer", "asr")  # the first of them, in both vocabularies
 _PROJECTOR, _LM = "encoder_projector.", "llm."
 # Modules that their forward pass never runs, or that only turn codes into sound.
 _IDLE = ("tts_adapter.", "codec_decoder.")
@@ -184,8 +184,7 @@ def build_lm(state: Mapping[str, Tensor], options: ImportOptions, spec: CodecSpe
     split = {name: _take_apart(weights[name], spec, source=f"{source}, {name}") for name in (read, written)}
     weights |= {name: text for name, (text, _) in split.items()}
     text_rows, base_ids = weights[read].shape[0], config.vocab_size
-    first = text_rows - _SPECIAL_IDS
-    marks = TextMarks(**{name: first + index for index, name in enumerate(_MARKS)})
+    marks = text_marks(text_rows)
     config.vocab_size = text_rows
     config.bos_token_id, config.eos_token_id, config.pad_token_id = None, marks.end, marks.pad
     dtype = lm_dtype(options.dtype, weights[read])
@@ -222,7 +221,7 @@ def _take_apart(table: Tensor, spec: CodecSpec, *, source: str) -> tuple[Tensor,
     """
     code_rows = spec.num_codebooks * CodeVocabulary(spec.codebook_size).size
     text_rows = table.shape[0] - code_rows
-    if text_rows <= _SPECIAL_IDS:
+    if text_rows <= SPECIAL_IDS:
         raise CheckpointError(
             f"{source} has {table.shape[0]} rows, of which the codec's ids take {code_rows}; pass the codec "
             "that it was trained with"

@@ -28,7 +28,13 @@ from omni_adapter.config import Positive, parse
 from omni_adapter.errors import CheckpointError, ConfigError
 from omni_adapter.hub.files import read_json
 from omni_adapter.hub.options import is_hub_id
-from omni_adapter.importers.port import ImportOptions, Source, keep_inside, load_weights
+from omni_adapter.importers.port import (
+    DEFAULT_CODEC,
+    ImportOptions,
+    Source,
+    keep_inside,
+    load_weights,
+)
 from omni_adapter.modules.audio_encoder import AudioEncoder
 from omni_adapter.talker import OmniAdapter
 from omni_adapter.tensor_files import check_shapes, read_safetensors
@@ -36,7 +42,6 @@ from omni_adapter.tensor_files import check_shapes, read_safetensors
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-DEFAULT_CODEC = "hubertsiuzdak/snac_24khz"
 
 _PROJECTOR, _TOWER, _LM = "multi_modal_projector.", "audio_tower.", "language_model."
 _ACTIVATIONS = ("swiglu", "relu", "gelu", "silu")

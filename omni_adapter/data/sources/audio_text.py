@@ -12,9 +12,7 @@ language string  ISO 639-1 code, likewise
 ======== ======= ==================================================================
 """
 
-from omni_adapter.data.sources.recipe import READ_SPEECH, Part, Recipe
-
-_TEXT = ("normalized_text", "text", "transcription")
+from omni_adapter.data.sources.recipe import Part, Recipe, read_speech
 
 AUDIO_TEXT = Recipe(
     name="audio-text",
@@ -22,13 +20,11 @@ AUDIO_TEXT = Recipe(
     licence="your own",
     language=None,
     tasks=("asr", "tts"),
-    columns={
-        **READ_SPEECH,
-        "text_in": _TEXT,
-        "text_out": _TEXT,
-        "id": ("id",),
-        "speaker": ("speaker",),
-        "language": ("language",),
-    },
+    columns=read_speech(
+        ("normalized_text", "text", "transcription"),
+        id=("id",),
+        speaker=("speaker",),
+        language=("language",),
+    ),
     parts={"all": Part()},
 )

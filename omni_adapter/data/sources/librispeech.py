@@ -16,7 +16,7 @@ Transcripts are taken in small letters, as those of Multilingual LibriSpeech are
 shout.
 """
 
-from omni_adapter.data.sources.recipe import READ_SPEECH, Part, Recipe, Values
+from omni_adapter.data.sources.recipe import Recipe, Values, libri_parts, read_speech
 
 
 def _row(values: Values) -> Values:
@@ -31,22 +31,7 @@ LIBRISPEECH = Recipe(
     licence="cc-by-4.0",
     language="en",
     tasks=("asr", "tts"),
-    columns={
-        **READ_SPEECH,
-        "text_in": ("text",),
-        "text_out": ("text",),
-        "speaker": ("speaker_id",),
-        "id": ("id",),
-    },
-    parts={
-        "train": Part("all", "train.clean.100+train.clean.360+train.other.500"),
-        **{
-            name: Part("all", name)
-            for name in (
-                "train.clean.100", "train.clean.360", "train.other.500", "validation.clean",
-                "validation.other", "test.clean", "test.other",
-            )
-        },
-    },
+    columns=read_speech(("text",), speaker=("speaker_id",), id=("id",)),
+    parts=libri_parts("validation.clean", "validation.other", "test.clean", "test.other"),
     row=_row,
-)  # fmt: skip
+)

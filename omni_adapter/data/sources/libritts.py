@@ -14,9 +14,7 @@ id              string       utterance
 =============== ============ ==================================================================
 """
 
-from omni_adapter.data.sources.recipe import READ_SPEECH, Part, Recipe
-
-_TEXT = ("text_normalized", "text")
+from omni_adapter.data.sources.recipe import Recipe, libri_parts, read_speech
 
 LIBRITTS = Recipe(
     name="libritts",
@@ -24,21 +22,6 @@ LIBRITTS = Recipe(
     licence="cc-by-4.0",
     language="en",
     tasks=("asr", "tts"),
-    columns={
-        **READ_SPEECH,
-        "text_in": _TEXT,
-        "text_out": _TEXT,
-        "speaker": ("speaker_id",),
-        "id": ("id",),
-    },
-    parts={
-        "train": Part("all", "train.clean.100+train.clean.360+train.other.500"),
-        **{
-            name: Part("all", name)
-            for name in (
-                "train.clean.100", "train.clean.360", "train.other.500", "dev.clean", "dev.other",
-                "test.clean", "test.other",
-            )
-        },
-    },
-)  # fmt: skip
+    columns=read_speech(("text_normalized", "text"), speaker=("speaker_id",), id=("id",)),
+    parts=libri_parts("dev.clean", "dev.other", "test.clean", "test.other"),
+)

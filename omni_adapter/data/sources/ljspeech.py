@@ -12,9 +12,7 @@ normalized_text string  numbers and signs in words
 =============== ======= ==================================================================
 """
 
-from omni_adapter.data.sources.recipe import READ_SPEECH, Part, Recipe
-
-_TEXT = ("normalized_text", "text")
+from omni_adapter.data.sources.recipe import Part, Recipe, read_speech
 
 LJSPEECH = Recipe(
     name="ljspeech",
@@ -22,6 +20,6 @@ LJSPEECH = Recipe(
     licence="public domain",
     language="en",
     tasks=("asr", "tts"),
-    columns={**READ_SPEECH, "text_in": _TEXT, "text_out": _TEXT, "id": ("id",)},
+    columns=read_speech(("normalized_text", "text"), id=("id",)),
     parts={"train": Part()},
 )

@@ -18,7 +18,7 @@ id             string   utterance
 ============== ======== ==================================================================
 """
 
-from omni_adapter.data.sources.recipe import READ_SPEECH, Part, Recipe
+from omni_adapter.data.sources.recipe import Part, Recipe, read_speech
 
 _LANGUAGES = {
     "german": "de", "dutch": "nl", "french": "fr", "spanish": "es", "italian": "it", "portuguese": "pt",
@@ -31,13 +31,7 @@ MULTILINGUAL_LIBRISPEECH = Recipe(
     licence="cc-by-4.0",
     language=None,
     tasks=("asr", "tts"),
-    columns={
-        **READ_SPEECH,
-        "text_in": ("transcript",),
-        "text_out": ("transcript",),
-        "speaker": ("speaker_id",),
-        "id": ("id",),
-    },
+    columns=read_speech(("transcript",), speaker=("speaker_id",), id=("id",)),
     parts={
         "english": Part(hub_id="parler-tts/mls_eng", language="en"),
         **{name: Part(config=name, language=code) for name, code in _LANGUAGES.items()},

@@ -79,8 +79,25 @@ class Recipe:
         return next(iter(self.parts))
 
 
-READ_SPEECH: Mapping[str, tuple[str, ...]] = {"audio_in": ("audio",), "audio_out": ("audio",)}
-"""Speech that is read from a text: to be heard, and to be spoken."""
+def read_speech(text: tuple[str, ...], **others: tuple[str, ...]) -> Mapping[str, tuple[str, ...]]:
+    """Return the columns of speech that is read from a text: to be heard, and to be spoken.
+
+    Args:
+        text: columns that may hold the text.
+        **others: further columns of our schema -> columns that they are taken from.
+    """
+    return {"audio_in": ("audio",), "audio_out": ("audio",), "text_in": text, "text_out": text, **others}
+
+
+def libri_parts(*held_out: str) -> Mapping[str, Part]:
+    """Return the parts of a data set that is split as LibriSpeech is: all of training first.
+
+    Args:
+        *held_out: its splits for validation and test.
+    """
+    train = ("train.clean.100", "train.clean.360", "train.other.500")
+    splits = {name: Part("all", name) for name in (*train, *held_out)}
+    return {"train": Part("all", "+".join(train)), **splits}
 
 
 def first_of(values: Values, names: tuple[str, ...]) -> Any:

@@ -10,7 +10,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from omni_adapter.data.sources.files import digest_files
 from omni_adapter.data.sources.spec import SourceSpec, mix
@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 _STREAM_BUFFER = 1000  # rows of a stream that are shuffled at a time
 _STREAM_SPARES = 64  # last rows of a stream that can stand in for a reject
 _BATCH = 100  # rows of a column that are read together
+
+_Either = TypeVar("_Either", bound="Table | Stream")
 
 
 class Table:
@@ -66,11 +68,7 @@ class Table:
 
     def only(self, columns: Sequence[str]) -> Self:
         """Return the same rows with the wanted columns alone."""
-        part = copy.copy(self)
-        part.columns = tuple(column for column in self.columns if column in columns)
-        part._dataset = self._dataset.select_columns(list(part.columns))
-        part._recordings = tuple(column for column in self._recordings if column in columns)
-        return part
+        return _only(self, columns)
 
     def fingerprint(self) -> str:
         """Return a digest that changes when the data do."""
@@ -130,11 +128,7 @@ class Stream:
 
     def only(self, columns: Sequence[str]) -> Self:
         """Return the same rows with the wanted columns alone; before the first row is read."""
-        part = copy.copy(self)
-        part.columns = tuple(column for column in self.columns if column in columns)
-        part._dataset = self._dataset.select_columns(list(part.columns))
-        part._recordings = tuple(column for column in self._recordings if column in columns)
-        return part
+        return _only(self, columns)
 
     @property
     def passes(self) -> int:
@@ -307,6 +301,15 @@ def _caches() -> tuple[Path, ...]:
     from huggingface_hub.constants import HF_HUB_CACHE
 
     return Path(HF_HUB_CACHE), Path(_datasets().config.HF_DATASETS_CACHE)
+
+
+def _only(source: _Either, columns: Sequence[str]) -> _Either:
+    """The same rows with the wanted columns alone."""
+    part = copy.copy(source)
+    part.columns = tuple(column for column in source.columns if column in columns)
+    part._dataset = source._dataset.select_columns(list(part.columns))
+    part._recordings = tuple(column for column in source._recordings if column in columns)
+    return part
 
 
 def _undecoded(dataset: Any) -> tuple[Any, tuple[str, ...]]:

@@ -21,7 +21,7 @@ comment    string
 The usual part is the first microphone's, so that nothing is learned twice.
 """
 
-from omni_adapter.data.sources.recipe import READ_SPEECH, Part, Recipe
+from omni_adapter.data.sources.recipe import Part, Recipe, read_speech
 
 _FILE = ("file", "id")
 
@@ -31,12 +31,7 @@ VCTK = Recipe(
     licence="cc-by-4.0",
     language="en",
     tasks=("asr", "tts"),
-    columns={
-        **READ_SPEECH,
-        "text_in": ("text",),
-        "text_out": ("text",),
-        "speaker": ("speaker_id",),
-    },
+    columns=read_speech(("text",), speaker=("speaker_id",)),
     parts={
         "mic1": Part(where={_FILE: r".*_mic1\.\w+"}),
         "mic2": Part(where={_FILE: r".*_mic2\.\w+"}),
