@@ -7,7 +7,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import WhisperFeatureExtractor
 
-from omni_adapter.audio.features import LogMel
+from omni_adapter.audio.features import LogMel, LogMelState
 from omni_adapter.errors import AudioError, CheckpointError, ConfigError
 
 RATE = 16000
@@ -122,3 +122,94 @@ def test_frames_as_the_original_counts_them(num_samples, frames):
     windows = log_mel.windows(torch.ones(num_samples), padding="mini_omni")
     assert [window.length for window in windows] == frames
     assert all(window.values.shape[-1] == log_mel.window_frames for window in windows)
+
+
+# --- sound that still grows ---
+
+
+def grown(log_mel, waveform, sizes, *, padding="true_length", block_frames=None):
+    """Features of a recording that comes in pieces, joined window by window."""
+    state = LogMelState(block_frames)
+    windows, pieces = [], []
+    parts = list(waveform.split(sizes))
+    for index, part in enumerate(parts):
+        for new in log_mel.append(part, state, padding=padding, last=index + 1 == len(parts)):
+            pieces.append(new)
+            if new.ends_window:
+                values = torch.cat([piece.values for piece in pieces], dim=1)
+                windows.append((values, sum(piece.length for piece in pieces)))
+                pieces = []
+    assert pieces == []
+    return windows
+
+
+def random_sizes(total, seed):
+    generator = np.random.default_rng(seed)
+    sizes = []
+    while total:
+        sizes.append(min(total, int(generator.choice([1, 17, 160, 401, 2000, 9000]))))
+        total -= sizes[-1]
+    return sizes
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(1, 2 * RATE + 500), st.integers(0, 1000), st.sampled_from([None, 1, 4, 30, 200]))
+@example(RATE, 0, None)
+@example(RATE, 1, 10)
+@example(200, 0, 2)
+@example(201, 0, 2)
+def test_growing_equals_whole(num_samples, seed, block_frames):
+    waveform = noise(num_samples, seed=seed)
+    waveform[: num_samples // 2] *= 1e-6  # what comes first lies under the floor that the rest sets
+    whole = SHORT.windows(waveform, block_frames=block_frames)
+    windows = grown(SHORT, waveform, random_sizes(num_samples, seed), block_frames=block_frames)
+    for (values, length), expected in zip(windows, whole, strict=True):
+        assert length == expected.length
+        torch.testing.assert_close(values, expected.values, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("padding", ["window", "whole_window", "mini_omni"])
+def test_growing_equals_whole_with_the_silence_of_a_window(padding):
+    waveform = noise(RATE + 5000)
+    windows = grown(SHORT, waveform, random_sizes(len(waveform), 0), padding=padding)
+    for (values, length), expected in zip(windows, SHORT.windows(waveform, padding=padding), strict=True):
+        assert length == expected.length
+        torch.testing.assert_close(values, expected.values, rtol=0, atol=1e-4)
+
+
+def test_frames_are_given_out_as_soon_as_nothing_can_change_them():
+    state, given = LogMelState(block_frames=10), []
+    for part in noise(RATE // 2).split(40):
+        given.append(sum(new.length for new in SHORT.append(part, state)))
+    # Frame 10 ends the first block; its Fourier transform ends 200 samples after its centre.
+    assert [(index + 1) * 40 for index, count in enumerate(given) if count] == [1800, 3400, 5000, 6600]
+    assert [count for count in given if count] == [11, 10, 10, 10]
+
+
+def test_blocks_do_not_hear_the_future():
+    quiet, loud = 1e-7 * noise(RATE // 2), noise(RATE // 2, seed=1)
+    (alone,) = SHORT.windows(quiet, block_frames=10)
+    (both,) = SHORT.windows(torch.cat((quiet, loud)), block_frames=10)
+    assert torch.equal(both.values[:, :41], alone.values[:, :41])
+    (whisper,) = SHORT.windows(torch.cat((quiet, loud)))
+    assert (
+        whisper.values[:, :41] - both.values[:, :41]
+    ).min() > 0.3  # Whisper raises the quiet part afterwards
+
+
+def test_blocks_are_whispers_features_once_the_loudest_has_been():
+    waveform = noise(RATE)
+    waveform[500] = 1.0
+    (blocks,), (whole,) = SHORT.windows(waveform, block_frames=10), SHORT.windows(waveform)
+    torch.testing.assert_close(blocks.values, whole.values, rtol=0, atol=1e-4)
+    assert not torch.allclose(blocks.values[:, 1:], whole.values[:, :-1], atol=1e-2)
+
+
+def test_blocks_take_true_lengths_only():
+    with pytest.raises(ConfigError, match="go with padding=\"true_length\", got 'window'"):
+        SHORT.windows(noise(100), padding="window", block_frames=10)
+
+
+def test_growing_takes_float_samples_only():
+    with pytest.raises(AudioError, match=r"float samples \[N\], got torch.int16 \[5\]"):
+        SHORT.append(torch.zeros(5, dtype=torch.int16), LogMelState())
