@@ -110,7 +110,7 @@ def test_a_step_with_speech_runs_the_rows_it_says():
 def test_a_saved_talker_and_a_plain_model_can_be_measured(talker_folder, monkeypatch):
     assert load_talker(str(talker_folder)).config.tts.layers == 2
     asked = []
-    monkeypatch.setattr("omni_adapter.bench.OmniAdapter.wrap", lambda *a, **k: asked.append((a, k)))
+    monkeypatch.setattr("omni_adapter.OmniAdapter.wrap", lambda *a, **k: asked.append((a, k)))
     load_talker(str(talker_folder / "base"), dtype="bfloat16")
     assert asked == [((str(talker_folder / "base"),), {"dtype": "bfloat16"})]
 

@@ -4,43 +4,27 @@ A talker, or the name of a preset with random weights of true size, in; a ``Repo
 table. Uses the pieces that ``OmniAdapter.stream`` is made of, not copies of them.
 """
 
-import os
-import platform
 import statistics
-import sys
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-import numpy as np
-import snac
 import torch
-import transformers
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    WhisperConfig,
-)
-from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from omni_adapter.audio.codec import CodecStream, SnacCodec
+from omni_adapter.audio.codec import CodecStream
+from omni_adapter.bench.machine import describe_machine, peak_bytes, resident_bytes
+from omni_adapter.bench.presets import make_question
 from omni_adapter.data.collator import Batch, Sample, collate
 from omni_adapter.data.layout import get_task
 from omni_adapter.errors import ConfigError
 from omni_adapter.generation.generator import Decoder, GenerationSettings, Step
 from omni_adapter.generation.streaming import Chunk
-from omni_adapter.hub import CONFIG_FILE
 from omni_adapter.talker import OmniAdapter
 from omni_adapter.vocab import NO_TEXT
 
@@ -58,131 +42,9 @@ MEASURES = (
 )
 """What can be measured, in the order in which it is."""
 
-_WHISPER_SMALL = {
-    "d_model": 768,
-    "encoder_layers": 12,
-    "encoder_attention_heads": 12,
-    "encoder_ffn_dim": 3072,
-    "num_mel_bins": 80,
-    "max_source_positions": 1500,
-}
-_SNAC_24KHZ = {
-    "sampling_rate": 24000,
-    "encoder_dim": 48,
-    "encoder_rates": [2, 4, 8, 8],
-    "decoder_dim": 1024,
-    "decoder_rates": [8, 8, 4, 2],
-    "attn_window_size": None,
-    "codebook_size": 4096,
-    "codebook_dim": 8,
-    "vq_strides": [4, 2, 1],
-    "noise": True,
-    "depthwise": True,
-}
-
-_LONG = 1 << 20  # steps; more than are ever timed
+_SPARE = 64  # steps that a reply may take beyond those that are timed; memory is taken for all of them
 _SHORTEST = 16  # steps of a reply that bring some sound under every usual delay pattern
 _WARM_UP_STEPS = 3
-
-
-@dataclass(frozen=True)
-class Preset:
-    """Sizes of a talker; its weights are random.
-
-    Attributes:
-        lm: config of the base, with its ``model_type``.
-        encoder: config of the Whisper encoder.
-        codec: arguments of the SNAC.
-        tts_layers: TTS blocks.
-    """
-
-    lm: Mapping[str, Any]
-    encoder: Mapping[str, Any]
-    codec: Mapping[str, Any]
-    tts_layers: int = 6
-
-
-PRESETS: Mapping[str, Preset] = {
-    "qwen2-0.5b": Preset(
-        {
-            "model_type": "qwen2",
-            "vocab_size": 151936,
-            "hidden_size": 896,
-            "intermediate_size": 4864,
-            "num_hidden_layers": 24,
-            "num_attention_heads": 14,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 32768,
-            "tie_word_embeddings": True,
-        },
-        _WHISPER_SMALL,
-        _SNAC_24KHZ,
-    ),
-    "smollm2-135m": Preset(
-        {
-            "model_type": "llama",
-            "vocab_size": 49152,
-            "hidden_size": 576,
-            "intermediate_size": 1536,
-            "num_hidden_layers": 30,
-            "num_attention_heads": 9,
-            "num_key_value_heads": 3,
-            "max_position_embeddings": 8192,
-            "tie_word_embeddings": True,
-        },
-        _WHISPER_SMALL,
-        _SNAC_24KHZ,
-    ),
-    "smollm2-360m": Preset(
-        {
-            "model_type": "llama",
-            "vocab_size": 49152,
-            "hidden_size": 960,
-            "intermediate_size": 2560,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 15,
-            "num_key_value_heads": 5,
-            "max_position_embeddings": 8192,
-            "tie_word_embeddings": True,
-        },
-        _WHISPER_SMALL,
-        _SNAC_24KHZ,
-    ),
-    "llama-3.2-1b": Preset(
-        {
-            "model_type": "llama",
-            "vocab_size": 128256,
-            "hidden_size": 2048,
-            "intermediate_size": 8192,
-            "num_hidden_layers": 16,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "head_dim": 64,
-            "max_position_embeddings": 131072,
-            "tie_word_embeddings": True,
-        },
-        _WHISPER_SMALL,
-        _SNAC_24KHZ,
-    ),
-    "tiny": Preset(
-        {
-            "model_type": "llama",
-            "vocab_size": 256,
-            "hidden_size": 64,
-            "intermediate_size": 128,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "max_position_embeddings": 2048,
-            "tie_word_embeddings": False,
-        },
-        _WHISPER_SMALL
-        | {"d_model": 32, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 64},
-        _SNAC_24KHZ | {"encoder_dim": 4, "decoder_dim": 64, "codebook_size": 64},
-        tts_layers=2,
-    ),
-}
-"""Talkers of known sizes, for timing without any download."""
 
 
 @dataclass(frozen=True)
@@ -266,53 +128,6 @@ class Report:
     peak_memory_bytes: int | None
 
 
-def random_talker(preset: str, *, dtype: str = "float32", seed: int = 0) -> OmniAdapter:
-    """Build a talker with random weights of true size.
-
-    Args:
-        preset: key of ``PRESETS``.
-        dtype: type of the base and of what is added.
-        seed: of the weights.
-
-    Raises:
-        ConfigError: if there is no such preset.
-    """
-    if preset not in PRESETS:
-        raise ConfigError(f"no preset is called {preset!r}; there are {', '.join(PRESETS)}")
-    sizes = PRESETS[preset]
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        config = AutoConfig.for_model(**sizes.lm)
-        lm = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))  # type: ignore[no-untyped-call]
-        assert isinstance(lm, PreTrainedModel)
-        encoder = WhisperEncoder(WhisperConfig(**sizes.encoder))
-        codec = SnacCodec.from_model(snac.SNAC(**sizes.codec))
-    return OmniAdapter.wrap(
-        lm,
-        tokenizer=_tokenizer(sizes.lm["vocab_size"]),
-        encoder=encoder,
-        codec=codec,
-        tts_layers=sizes.tts_layers,
-        seed=seed,
-    )
-
-
-def load_talker(name: str, *, dtype: str = "auto") -> OmniAdapter:
-    """Load a saved talker, or wrap a plain causal LM.
-
-    Args:
-        name: folder or Hub id of either.
-        dtype: type of the base and of what is added; ``auto`` takes that of the files.
-
-    Raises:
-        OmniError: if it is neither.
-    """
-    is_talker = (Path(name) / CONFIG_FILE).is_file() if Path(name).is_dir() else _has_config(name)
-    if is_talker:
-        return OmniAdapter.from_pretrained(name, dtype=dtype)
-    return OmniAdapter.wrap(name, dtype=dtype)
-
-
 def measure(load: Callable[[], OmniAdapter], *, name: str, settings: BenchSettings | None = None) -> Report:
     """Time a talker.
 
@@ -325,7 +140,7 @@ def measure(load: Callable[[], OmniAdapter], *, name: str, settings: BenchSettin
     started_s = time.perf_counter()
     talker = load()
     load_s = time.perf_counter() - started_s
-    loaded_bytes = _resident_bytes()
+    loaded_bytes = resident_bytes()
     work = _Work(talker, settings)
     timings = [timing for timing in _parts(work) if timing]
     real_time_factor = steady = None
@@ -335,7 +150,7 @@ def measure(load: Callable[[], OmniAdapter], *, name: str, settings: BenchSettin
     return Report(
         format_version=FORMAT_VERSION,
         subject=_subject(talker, name),
-        machine=_machine(talker),
+        machine=describe_machine(talker.model.device),
         settings={
             "seconds": settings.seconds,
             "steps": settings.steps,
@@ -349,7 +164,7 @@ def measure(load: Callable[[], OmniAdapter], *, name: str, settings: BenchSettin
         steady_real_time_factor=steady,
         load_s=load_s,
         memory_after_load_bytes=loaded_bytes,
-        peak_memory_bytes=_peak_bytes(),
+        peak_memory_bytes=peak_bytes(),
     )
 
 
@@ -362,7 +177,7 @@ class _Work:
     def __init__(self, talker: OmniAdapter, settings: BenchSettings) -> None:
         self.talker, self.settings = talker, settings
         self.rate = talker.processor.log_mel.sampling_rate
-        self.question = _question(settings.seconds, self.rate)
+        self.question = make_question(settings.seconds, self.rate)
         self.messages = [
             {"role": "user", "content": [{"type": "audio", "audio": (self.question, self.rate)}]}
         ]
@@ -382,7 +197,9 @@ class _Work:
             rules=self.talker.processor.rules,
             task=get_task(task),
             text_end_ids=text_end_ids,
-            settings=GenerationSettings(max_new_tokens=_LONG, batch_parallel=batch_parallel),
+            settings=GenerationSettings(
+                max_new_tokens=self.settings.steps + _WARM_UP_STEPS + _SPARE, batch_parallel=batch_parallel
+            ),
         )
 
     def time(self, name: str, what: str, action: Callable[[], object]) -> Timing | None:
@@ -537,40 +354,6 @@ def _timing(name: str, what: str, times: Sequence[float]) -> Timing:
     return Timing(name, what, statistics.median(times), min(times), max(times), len(times))
 
 
-def _question(seconds: float, rate: int) -> NDArray[np.float32]:
-    """Something to hear: a tone that swells, with noise; speed does not depend on what is said."""
-    time_s = np.arange(round(seconds * rate)) / rate
-    noise = np.random.default_rng(0).standard_normal(len(time_s))
-    tone = np.sin(2 * np.pi * 220 * time_s) * np.sin(2 * np.pi * 3 * time_s)
-    return np.asarray(0.3 * tone + 0.02 * noise, dtype=np.float32)
-
-
-def _tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
-    """A word for each id, so that whatever is decoded can be read."""
-    words = ["<end>", "<unknown>", *(f"word{index}" for index in range(2, vocab_size))]
-    vocabulary = {word: index for index, word in enumerate(words)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unknown>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
-        tokenizer_object=tokenizer, eos_token="<end>", unk_token="<unknown>"
-    )
-
-
-def _has_config(name: str) -> bool:
-    """Whether a repository of the Hub holds a talker; if it is none at all, wrapping says so."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-    try:
-        hf_hub_download(name, CONFIG_FILE)
-    except (OSError, HFValidationError, HfHubHTTPError):
-        return False
-    return True
-
-
-# --- the machine ---
-
-
 def _subject(talker: OmniAdapter, name: str) -> dict[str, Any]:
     groups = talker.model.groups()
     codec = talker.codec
@@ -582,52 +365,6 @@ def _subject(talker: OmniAdapter, name: str) -> dict[str, Any]:
         "device": str(talker.model.device),
         "parameters": {**parameters, "codec": sum(weight.numel() for weight in weights)},
     }
-
-
-def _machine(talker: OmniAdapter) -> dict[str, Any]:
-    device = talker.model.device
-    return {
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-        "threads": torch.get_num_threads(),
-        "accelerator": None
-        if device.type == "cpu"
-        else torch.get_device_module(device).get_device_name(device),
-        "float32_matmul_precision": torch.get_float32_matmul_precision(),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
-
-
-def _resident_bytes() -> int | None:
-    """Memory that the process holds now."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    except OSError:
-        return None
-    return pages * os.sysconf("SC_PAGE_SIZE")
-
-
-def _peak_bytes() -> int | None:
-    """Most memory that the process ever held."""
-    try:
-        import resource
-    except ImportError:  # not on Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 # --- the table ---
