@@ -202,6 +202,9 @@ class OmniConfig:
         encoder_padding: ``true_length`` encodes only what was said; ``window`` pads to the encoder's full
             window and drops the silence again; ``whole_window`` keeps it; ``mini_omni`` drops it and counts
             frames as the original does, one more where a recording ends with a frame.
+        encoder_block_seconds: hear in blocks of so many seconds, so that a question can be encoded while it
+            is spoken: each sees itself and those before it, in training too; only with ``true_length``. None
+            lets the encoder see a whole window at once, as Whisper does.
         audio_adapter: settings of the audio adapter.
         tts: settings of the TTS blocks.
         delay: the delay pattern.
@@ -226,6 +229,7 @@ class OmniConfig:
     text_marks: TextMarks | None = None
     recording_marks: bool = True
     encoder_padding: EncoderPadding = "true_length"
+    encoder_block_seconds: Annotated[float, Field(gt=0)] | None = None
     audio_adapter: AudioAdapterConfig = AudioAdapterConfig()
     tts: TtsConfig = TtsConfig()
     delay: DelayConfig = DelayConfig()
@@ -239,6 +243,8 @@ class OmniConfig:
             raise ValueError('text_marks go with every prompt_format but "chat", and only with those')
         if self.prompt_format != "chat" and not self.recording_marks:
             raise ValueError('only prompt_format="chat" can do without recording_marks')
+        if self.encoder_block_seconds is not None and self.encoder_padding != "true_length":
+            raise ValueError('encoder_block_seconds goes with encoder_padding="true_length" only')
         self.delay.delays(self.codec_spec.num_codebooks)
 
     @property

@@ -80,6 +80,7 @@ class OmniModel(nn.Module):
         self.config = config
         self.backbone = backbone
         self.audio_encoder = audio_encoder
+        self.encoder_block_steps = audio_encoder.block_steps(config.encoder_block_seconds)
         if config.tts.input == "before_norm":
             backbone.tap_final_norm()
         rows, vocabulary = config.codec_spec.num_codebooks, config.vocabulary
@@ -137,7 +138,7 @@ class OmniModel(nn.Module):
         dtype, windows = self.code_embedding.weight.dtype, []
         if clips.lengths.numel():
             frames, lengths = self.audio_encoder(
-                clips.features, clips.lengths, padding=padding
+                clips.features, clips.lengths, padding=padding, block_steps=self.encoder_block_steps
             )  # [W, A', E], [W]
             windows = [window[:length] for window, length in zip(frames, lengths.tolist(), strict=True)]
         recordings, steps, first = [], [], 0
@@ -183,7 +184,7 @@ class OmniModel(nn.Module):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         cache: TtsCache | None = None,
-        steps_to_keep: int = 0,
+        steps_to_keep: int | None = 0,
     ) -> Tensor:
         """Return code logits [B, K, S, V] of LM states [B, S, D].
 
@@ -192,13 +193,14 @@ class OmniModel(nn.Module):
             attention_mask: [B, past + S], zero at padding.
             position_ids: [B, S].
             cache: keys and values of earlier steps; these steps are added to it.
-            steps_to_keep: only that many last steps get logits; 0 for all.
+            steps_to_keep: only that many last steps get logits; 0 for all, None for none.
         """
         hidden = hidden.to(self.code_heads.proj.weight.dtype)
         spoken = self.tts_blocks(
             hidden, attention_mask=attention_mask, position_ids=position_ids, cache=cache
         )  # [B, S, D]
-        logits: Tensor = self.code_heads(spoken[:, -steps_to_keep:])
+        kept = spoken[:, :0] if steps_to_keep is None else spoken[:, -steps_to_keep:]
+        logits: Tensor = self.code_heads(kept)
         return logits
 
     def forward(

@@ -26,10 +26,18 @@ Recording = Sequence[Features] | Frames
 """A recording on its way to the model: windows to encode, or frames that were encoded before."""
 
 
-def encoder_mark(fingerprint: Mapping[str, Any], *, padding: str) -> str:
-    """Return what tells frames of one encoder, used in one way, from those of any other."""
-    facts = json.dumps({"encoder": dict(fingerprint), "padding": padding}, sort_keys=True)
-    return hashlib.sha256(facts.encode()).hexdigest()[:16]
+def encoder_mark(fingerprint: Mapping[str, Any], *, padding: str, block_seconds: float | None = None) -> str:
+    """Return what tells frames of one encoder, used in one way, from those of any other.
+
+    Args:
+        fingerprint: of the encoder.
+        padding: as in ``OmniConfig.encoder_padding``.
+        block_seconds: as in ``OmniConfig.encoder_block_seconds``.
+    """
+    facts: dict[str, Any] = {"encoder": dict(fingerprint), "padding": padding}
+    if block_seconds is not None:
+        facts["block_seconds"] = block_seconds
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)

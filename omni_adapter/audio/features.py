@@ -138,6 +138,11 @@ class LogMel:
         """Write ``preprocessor_config.json``; :meth:`from_pretrained` reads it."""
         self._extractor.save_pretrained(str(folder))
 
+    @property
+    def frame_rate_hz(self) -> float:
+        """Feature frames a second."""
+        return self.sampling_rate / self.hop_length
+
     def num_frames(self, num_samples: int, *, padding: EncoderPadding = "true_length") -> list[int]:
         """Return the feature frames of each window of a recording of ``num_samples``.
 

@@ -146,10 +146,26 @@ class OmniProcessor:
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return (*ids, self.rules.text_end_id)
 
+    @property
+    def encoder_mark(self) -> str:
+        """What tells frames of this talker's encoder from those of any other, see :class:`Frames`."""
+        config = self.config
+        return encoder_mark(
+            config.encoder.fingerprint,
+            padding=config.encoder_padding,
+            block_seconds=config.encoder_block_seconds,
+        )
+
+    @property
+    def block_frames(self) -> int | None:
+        """Feature frames that are heard as one block, None where a window is heard at once."""
+        seconds = self.config.encoder_block_seconds
+        return None if seconds is None else round(seconds * self.log_mel.frame_rate_hz)
+
     def _read(self, source: AudioSource | Frames) -> Tensor | Frames:
         if not isinstance(source, Frames):
             return read_waveform(source, sampling_rate=self.log_mel.sampling_rate)
-        own = encoder_mark(self.config.encoder.fingerprint, padding=self.config.encoder_padding)
+        own = self.encoder_mark
         if source.encoder != own:
             raise PromptError(
                 f"the recording was encoded by the encoder {source.encoder}, this talker has {own}; "
@@ -165,7 +181,9 @@ class OmniProcessor:
     def _features(self, sound: Tensor | Frames) -> Recording:
         if isinstance(sound, Frames):
             return sound
-        return self.log_mel.windows(sound, padding=self.config.encoder_padding)
+        return self.log_mel.windows(
+            sound, padding=self.config.encoder_padding, block_frames=self.block_frames
+        )
 
     def _render(
         self, messages: list[dict[str, Any]], *, tools: Sequence[Mapping[str, Any]] | None

@@ -1,12 +1,13 @@
 """The encoder half of Whisper, for recordings as long as they are.
 
-Features [B, M, F] with their true lengths -> frames [B, A', E] with theirs. Walks the layers of transformers'
-``WhisperEncoder`` itself, because that class takes nothing but full windows. Knows nothing of waveforms or
-language models.
+Features [B, M, F] with their true lengths -> frames [B, A', E] with theirs; or, where it hears in blocks, the
+features of one window as they come. Walks the layers of transformers' ``WhisperEncoder`` itself, because that
+class takes nothing but full windows. Knows nothing of waveforms or language models.
 """
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from omni_adapter.audio.features import LogMel
 from omni_adapter.config import EncoderPadding
-from omni_adapter.errors import AudioError, CheckpointError, MissingDependencyError
+from omni_adapter.errors import AudioError, CheckpointError, ConfigError, MissingDependencyError
 from omni_adapter.tensor_files import check_finite, check_shapes, read_torch_file
 
 PACKAGE_PREFIX = "whisper:"
@@ -39,6 +40,8 @@ _PACKAGE_NAMES = (  # names of the whisper package, and transformers' for the sa
     (".mlp.2.", ".fc2."),
     ("ln_post.", "layer_norm."),
 )
+_CONV_PAST = 2  # feature frames before a block that its first frame depends on, through both convolutions
+_ROUNDING_S = 1e-6
 _PACKAGE_DIMS = ("n_mels", "n_audio_ctx", "n_audio_state", "n_audio_head", "n_audio_layer")
 
 
@@ -47,6 +50,23 @@ class EncodedAudio(NamedTuple):
 
     frames: Tensor  # [B, A', E], zero after each window's length
     lengths: Tensor  # int64 [B]
+
+
+@dataclass
+class EncoderState:
+    """What an encoder must remember of a window that is still growing; owned by the caller.
+
+    Attributes:
+        features: those from two frames before the next block on, [1, M, f]; None before the first.
+        steps: frames A' that were made.
+        keys: of these, in each layer, [1, H, C, W]; the first ``steps`` of C are filled.
+        values: likewise.
+    """
+
+    features: Tensor | None = None
+    steps: int = 0
+    keys: list[Tensor] = field(default_factory=list)
+    values: list[Tensor] = field(default_factory=list)
 
 
 class _EncoderOnly(WhisperEncoder):  # type: ignore[no-untyped-call]
@@ -157,8 +177,31 @@ class AudioEncoder(nn.Module):
         """Stay in evaluation mode: the encoder is never trained."""
         return super().train(False)
 
+    def block_steps(self, block_seconds: float | None) -> int | None:
+        """Return how many frames A' a block of ``block_seconds`` has, None for no blocks.
+
+        Raises:
+            ConfigError: if that is no whole number of frames.
+        """
+        if block_seconds is None:
+            return None
+        log_mel = self._log_mel
+        frame_seconds = self.stride * log_mel.hop_length / log_mel.sampling_rate
+        steps = round(block_seconds / frame_seconds)
+        if steps < 1 or abs(steps * frame_seconds - block_seconds) > _ROUNDING_S:
+            raise ConfigError(
+                f"encoder_block_seconds must be a multiple of the encoder's {frame_seconds:g} s a frame, "
+                f"got {block_seconds:g}; try {max(1, steps) * frame_seconds:g}"
+            )
+        return steps
+
     def forward(
-        self, features: Tensor, lengths: Tensor, *, padding: EncoderPadding = "true_length"
+        self,
+        features: Tensor,
+        lengths: Tensor,
+        *,
+        padding: EncoderPadding = "true_length",
+        block_steps: int | None = None,
     ) -> EncodedAudio:
         """Encode a batch of windows.
 
@@ -168,6 +211,8 @@ class AudioEncoder(nn.Module):
             padding: ``true_length``: nothing after a window's length has any influence, so that a window
                 gives the same frames alone and in a batch. Otherwise what follows is the silence of a full
                 window, which is heard and then cut off.
+            block_steps: attend to frames of the own block and those before it, in blocks of so many frames;
+                None attends to the whole window.
 
         Returns:
             Frames for the true lengths, [B, A', E], and their numbers, ``num_steps`` of each length.
@@ -190,7 +235,9 @@ class AudioEncoder(nn.Module):
         x = x + self.encoder.embed_positions.weight[: x.shape[1]]
         heard_steps = (heard + self.stride - 1) // self.stride
         attention_mask = None
-        if not everything:
+        if block_steps is not None and block_steps < x.shape[1]:
+            attention_mask = _block_mask(_mask(heard_steps, x.shape[1]), block_steps, x.dtype)
+        elif not everything:
             attention_mask = create_bidirectional_mask(
                 config=self.encoder.config,
                 inputs_embeds=x,
@@ -202,6 +249,94 @@ class AudioEncoder(nn.Module):
         longest = int(steps.max())
         kept = _mask(steps, longest)[..., None].to(x.dtype)
         return EncodedAudio(x[:, :longest] * kept, steps)
+
+    def append(
+        self, features: Tensor, state: EncoderState, *, block_steps: int, last: bool = False
+    ) -> Tensor:
+        """Encode the blocks of a window that its next features complete.
+
+        A block is encoded when its features and one more are there, which is as far as the convolutions see.
+        Keys and values are kept, so that each frame is computed once. The frames are those that ``forward``
+        makes of the whole window with the same ``block_steps``, to the rounding of floats.
+
+        Args:
+            features: the next ones of the window, [M, f], any number of them.
+            state: of the window; changed in place.
+            block_steps: frames of a block.
+            last: nothing follows in this window; the rest is encoded too.
+
+        Returns:
+            New frames, [s, E], maybe none.
+
+        Raises:
+            AudioError: if the features do not fit the encoder, or are more than a window.
+        """
+        if features.dim() != 2 or features.shape[0] != self.num_mel_bins:
+            raise AudioError(
+                f"this encoder takes features [{self.num_mel_bins}, f], got {list(features.shape)}; "
+                "make them with its own log_mel()",
+                reason="wrong_type",
+            )
+        weight = self.encoder.conv1.weight
+        x = features[None].to(device=weight.device, dtype=weight.dtype)
+        if state.features is None:
+            state.features = x.new_zeros(1, self.num_mel_bins, _CONV_PAST)
+        x = torch.cat((state.features, x), dim=2)
+        size, blocks = block_steps * self.stride, []
+        rest = x.shape[2] - _CONV_PAST
+        if state.steps * self.stride + rest > self.window_frames:
+            raise AudioError(
+                f"a window has at most {self.window_frames} feature frames, "
+                f"got {state.steps * self.stride + rest}; begin a new state for the next window",
+                reason="too_long",
+            )
+        while rest > (0 if last else size):
+            blocks.append(self._encode_block(x[:, :, : _CONV_PAST + size + 1], state, block_steps))
+            x = x[:, :, size:]
+            rest -= size
+        state.features = x
+        return torch.cat(blocks) if blocks else x.new_zeros(0, self.width)
+
+    def _encode_block(self, features: Tensor, state: EncoderState, block_steps: int) -> Tensor:
+        """Encode the next block, [s, E], from its features and those at both sides, [1, M, 2 + F + 1]."""
+        num_frames = min(features.shape[2] - _CONV_PAST, block_steps * self.stride)
+        steps = self.num_steps(num_frames)
+        x = nn.functional.gelu(self.encoder.conv1(features))
+        # The second convolution pads with zeros before a window and after its end; what the first one made
+        # of its own padding is not looked at.
+        if not state.steps:
+            x[:, :, :_CONV_PAST] = 0
+        x = x[:, :, : _CONV_PAST + num_frames]
+        x = nn.functional.gelu(self.encoder.conv2(x))[:, :, 1 : 1 + steps].transpose(1, 2)  # [1, s, E]
+        x = x + self.encoder.embed_positions.weight[state.steps : state.steps + steps]
+        for index, layer in enumerate(self.encoder.layers):
+            x = self._run_layer(layer, x, state, index)
+        state.steps += steps
+        encoded: Tensor = self.encoder.layer_norm(x)[0]
+        return encoded
+
+    def _run_layer(self, layer: Any, x: Tensor, state: EncoderState, index: int) -> Tensor:
+        """One layer of transformers' encoder, [1, s, E], which also sees the frames before."""
+        attention = layer.self_attn
+        normed = layer.self_attn_layer_norm(x)
+        query, key, value = (
+            projection(normed).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)  # [1, H, s, W]
+            for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        if index == len(state.keys):
+            room = self.window_frames // self.stride
+            state.keys.append(key.new_empty(1, key.shape[1], room, key.shape[3]))
+            state.values.append(torch.empty_like(state.keys[-1]))
+        end = state.steps + x.shape[1]
+        state.keys[index][:, :, state.steps : end] = key
+        state.values[index][:, :, state.steps : end] = value
+        attended = nn.functional.scaled_dot_product_attention(
+            query, state.keys[index][:, :, :end], state.values[index][:, :, :end], scale=attention.scaling
+        )
+        x = x + attention.out_proj(attended.transpose(1, 2).flatten(2))
+        normed = layer.final_layer_norm(x)
+        mlp: Tensor = layer.fc2(layer.activation_fn(layer.fc1(normed)))
+        return x + mlp
 
     def _check(self, features: Tensor, lengths: Tensor, padding: EncoderPadding) -> None:
         if features.dim() != 3 or features.shape[1] != self.num_mel_bins:
@@ -229,6 +364,20 @@ class AudioEncoder(nn.Module):
 def _mask(lengths: Tensor, size: int) -> Tensor:
     """True before each length, [B, size]."""
     return torch.arange(size, device=lengths.device) < lengths[:, None]
+
+
+def _block_mask(heard: Tensor, block_steps: int, dtype: torch.dtype) -> Tensor:
+    """What is added to attention scores where each block sees itself and those before, [B, 1, A', A'].
+
+    Args:
+        heard: whether a frame belongs to the recording, bool [B, A'].
+        block_steps: frames of a block.
+        dtype: of the result.
+    """
+    blocks = torch.arange(heard.shape[1], device=heard.device) // block_steps
+    visible = (blocks[None] <= blocks[:, None]) & heard[:, None]  # [B, A', A'], query by key
+    mask = torch.zeros(visible.shape, dtype=dtype, device=heard.device)
+    return mask.masked_fill(~visible, torch.finfo(dtype).min)[:, None]
 
 
 def _whisper_log_mel(num_mel_bins: int, window_frames: int) -> LogMel:

@@ -1,3 +1,4 @@
+import functools
 import sys
 
 import pytest
@@ -9,8 +10,8 @@ from transformers import BertConfig, BertModel, WhisperConfig, WhisperForConditi
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from omni_adapter.audio.features import LogMel
-from omni_adapter.errors import AudioError, CheckpointError, MissingDependencyError
-from omni_adapter.modules.audio_encoder import AudioEncoder
+from omni_adapter.errors import AudioError, CheckpointError, ConfigError, MissingDependencyError
+from omni_adapter.modules.audio_encoder import AudioEncoder, EncoderState
 
 BINS, POSITIONS = 80, 50  # windows of one second
 
@@ -300,3 +301,96 @@ class TestBrokenFolders:
 def test_features_that_do_not_fit(encoder, features, lengths, options, text):
     with pytest.raises(AudioError, match=text):
         encoder(features, torch.tensor(lengths), **options)
+
+
+# --- blocks ---
+
+
+def in_blocks(encoder, features, sizes, *, block_steps):
+    """Frames of one window [M, F] whose features come in pieces."""
+    state, parts = EncoderState(), list(features.split(sizes, dim=1))
+    frames = [
+        encoder.append(part, state, block_steps=block_steps, last=index + 1 == len(parts))
+        for index, part in enumerate(parts)
+    ]
+    return torch.cat(frames)
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(1, 2 * POSITIONS), st.integers(1, 60), st.integers(1, 30))
+def test_blocks_one_by_one_equal_the_whole_window(length, block_steps, piece):
+    encoder = block_encoder()
+    features = random_features(length, seed=length)
+    whole = encoder(features, torch.tensor([length]), block_steps=block_steps).frames[0]
+    frames = in_blocks(encoder, features[0], piece, block_steps=block_steps)
+    torch.testing.assert_close(frames, whole, rtol=0, atol=1e-5)
+
+
+@functools.cache
+def block_encoder():
+    return AudioEncoder(whisper_encoder())
+
+
+def test_batch_equals_single_in_blocks(encoder):
+    features, lengths = random_features(100, batch=2), torch.tensor([100, 37])
+    batch = encoder(features, lengths, block_steps=8)
+    single = encoder(features[1:, :, :37], lengths[1:], block_steps=8)
+    torch.testing.assert_close(batch.frames[1, :19], single.frames[0], rtol=0, atol=1e-5)
+
+
+def test_a_block_hears_what_came_before_and_nothing_else(encoder):
+    features, length = random_features(100), torch.tensor([100])
+    changed = features.clone()
+    changed[:, :, 41:] += 1.0  # frame 40 is what the convolutions of the second block still see
+    before, after = (encoder(x, length, block_steps=10).frames[0] for x in (features, changed))
+    torch.testing.assert_close(after[:20], before[:20], rtol=0, atol=1e-6)
+    assert not torch.allclose(after[20:30], before[20:30], atol=1e-2)
+    changed = features.clone()
+    changed[:, :, :10] += 1.0
+    after = encoder(changed, length, block_steps=10).frames[0]
+    assert not torch.allclose(after[40:], before[40:], atol=1e-3)
+
+
+def test_one_block_is_the_whole_window(encoder):
+    features, lengths = random_features(90, batch=2), torch.tensor([90, 31])
+    expected = encoder(features, lengths).frames
+    torch.testing.assert_close(
+        encoder(features, lengths, block_steps=POSITIONS).frames, expected, rtol=0, atol=0
+    )
+
+
+def test_blocks_with_eager_attention():
+    model = whisper_encoder(attn_implementation="eager")
+    eager, sdpa = AudioEncoder(model), block_encoder()
+    features, lengths = random_features(80, batch=2), torch.tensor([80, 31])
+    torch.testing.assert_close(
+        eager(features, lengths, block_steps=7).frames, sdpa(features, lengths, block_steps=7).frames
+    )
+    frames = in_blocks(eager, features[0], 9, block_steps=7)
+    torch.testing.assert_close(frames, sdpa(features, lengths, block_steps=7).frames[0], rtol=0, atol=1e-5)
+
+
+def test_a_block_is_encoded_when_one_frame_more_is_there(encoder):
+    state = EncoderState()
+    features = random_features(21)[0]
+    assert encoder.append(features[:, :20], state, block_steps=10).shape == (0, encoder.width)
+    assert encoder.append(features[:, 20:], state, block_steps=10).shape == (10, encoder.width)
+    assert state.steps == 10
+
+
+def test_length_of_a_block(encoder):
+    assert encoder.block_steps(None) is None
+    assert encoder.block_steps(0.5) == 25
+    with pytest.raises(ConfigError, match=r"multiple of the encoder's 0\.02 s a frame, got 0\.05; try 0\.04"):
+        encoder.block_steps(0.05)
+    with pytest.raises(ConfigError, match=r"got 0\.001; try 0\.02"):
+        encoder.block_steps(0.001)
+
+
+def test_errors_of_features_that_grow(encoder):
+    with pytest.raises(AudioError, match=r"takes features \[80, f\], got \[79, 4\]"):
+        encoder.append(torch.zeros(79, 4), EncoderState(), block_steps=5)
+    state = EncoderState()
+    encoder.append(torch.zeros(BINS, 2 * POSITIONS), state, block_steps=5, last=True)
+    with pytest.raises(AudioError, match=r"at most 100 feature frames, got 101; begin a new state"):
+        encoder.append(torch.zeros(BINS, 1), state, block_steps=5)
