@@ -54,25 +54,43 @@ ENGINES = ("local", "ray")
 class Encoder:
     """An audio encoder that turns waveforms into frames."""
 
-    def __init__(self, name: str, *, padding: EncoderPadding, device: torch.device) -> None:
+    def __init__(
+        self,
+        name: str,
+        *,
+        padding: EncoderPadding,
+        device: torch.device,
+        block_seconds: float | None = None,
+    ) -> None:
         self._encoder, self._padding = AudioEncoder.from_pretrained(name).to(device), padding
         self._log_mel = self._encoder.log_mel()
-        self.mark = encoder_mark(self._encoder.fingerprint(), padding=padding)
+        self._block_steps = self._encoder.block_steps(block_seconds)
+        self.mark = encoder_mark(self._encoder.fingerprint(), padding=padding, block_seconds=block_seconds)
 
     @torch.no_grad()
     def frames(self, waveform: Tensor) -> Tensor:
         """Return frames [A', E] of a waveform [N]."""
         device = next(self._encoder.parameters()).device
-        clips = Clips.of([self._log_mel.windows(waveform, padding=self._padding)]).to(device)
-        frames, lengths = self._encoder(clips.features, clips.lengths, padding=self._padding)
+        block_frames = self._block_steps and self._block_steps * self._encoder.stride
+        windows = self._log_mel.windows(waveform, padding=self._padding, block_frames=block_frames)
+        clips = Clips.of([windows]).to(device)
+        frames, lengths = self._encoder(
+            clips.features, clips.lengths, padding=self._padding, block_steps=self._block_steps
+        )
         return torch.cat([window[:length] for window, length in zip(frames, lengths.tolist(), strict=True)])
 
 
-def make_encoder(name: str | None, padding: str, device: torch.device) -> Encoder | None:
+def make_encoder(
+    name: str | None, padding: str, device: torch.device, *, block_seconds: float | None = None
+) -> Encoder | None:
     """The encoder that was asked for."""
     if padding not in get_args(EncoderPadding):
         raise ConfigError(f"padding must be one of {', '.join(get_args(EncoderPadding))}, got {padding!r}")
-    return Encoder(name, padding=cast(EncoderPadding, padding), device=device) if name else None
+    if block_seconds is not None and padding != "true_length":
+        raise ConfigError(f"--block-seconds goes with --padding true_length, got {padding!r}")
+    if not name:
+        return None
+    return Encoder(name, padding=cast(EncoderPadding, padding), device=device, block_seconds=block_seconds)
 
 
 @dataclass(frozen=True)
@@ -85,6 +103,7 @@ class Job:
     codec: str
     encoder: str | None
     padding: str
+    block_seconds: float | None
     voice: str
 
     def open(self, device: torch.device) -> Preparation:
@@ -94,7 +113,7 @@ class Job:
             self.out,
             codec=SnacCodec.from_pretrained(self.codec).to(device),
             settings=self.settings,
-            listener=make_encoder(self.encoder, self.padding, device),
+            listener=make_encoder(self.encoder, self.padding, device, block_seconds=self.block_seconds),
             synthesizer=make_synthesizer(self.voice, device=device) if self.settings.speak else None,
         )
 
@@ -120,6 +139,9 @@ def prepare(  # noqa: PLR0913 - one option each
     padding: Annotated[
         str, typer.Option(help="the talker's: true_length, window, mini_omni")
     ] = "true_length",
+    block_seconds: Annotated[
+        float | None, typer.Option(help="the talker's encoder_block_seconds, where it hears in blocks")
+    ] = None,
     speak: Annotated[
         list[str] | None, typer.Option(help="audio_in or audio_out: speak it where missing")
     ] = None,
@@ -171,7 +193,14 @@ def prepare(  # noqa: PLR0913 - one option each
         source="command line",
     )
     job = Job(
-        spec, os.path.abspath(out), settings, anywhere(codec), encoder and anywhere(encoder), padding, voice
+        spec,
+        os.path.abspath(out),
+        settings,
+        codec=anywhere(codec),
+        encoder=encoder and anywhere(encoder),
+        padding=padding,
+        block_seconds=block_seconds,
+        voice=voice,
     )
     if pool is not None:
         if state.num_processes > 1:
