@@ -20,6 +20,7 @@ IDS = torch.tensor([[5, 9, 33, 7, 60, 21, 8]])
 # Lowest first, as the package's docstring has them.
 FILES = (
     "inspection",
+    "fixed",
     "caches",
     "runner",
     "probes",

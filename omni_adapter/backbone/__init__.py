@@ -6,6 +6,7 @@ is read from its signatures and seen by running a few tokens, never from its nam
 codes, tokenizers or prompts.
 
     inspection.py   what can be read off an LM without running it
+    fixed.py        layers of a cache whose memory is taken once
     caches.py       what an LM hands from step to step, and rows of it
     runner.py       one pass of an LM over embeddings
     probes.py       what only running a few tokens tells

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from omni_adapter.backbone import caches, inspection, probes, projection
 from omni_adapter.backbone.caches import BackboneCache
 from omni_adapter.backbone.carried import Carried, check_carried, check_unshared, without_copies
+from omni_adapter.backbone.fixed import CachePlan
 from omni_adapter.backbone.inspection import class_name
 from omni_adapter.backbone.lora import (
     CARRIED,
@@ -61,6 +62,7 @@ class Backbone(Runner):
         self._lora: Lora | None = None
         self._beside: Lora | None = None
         self._carried: Carried | None = None
+        self._plan_found: tuple[tuple[torch.device, torch.dtype], CachePlan | None] | None = None
         with torch.no_grad():
             self.width: int = probes.sample(self, steps=1).shape[-1]
         self.vocab_size = inspection.vocab_size(lm)
@@ -96,9 +98,14 @@ class Backbone(Runner):
         if attention_mask is not None and attention_mask.dim() > 2:
             packed = keep_apart(steps, self, packing=self.packing)
             return self.run(packed, logits_to_keep=logits_to_keep)
-        if cache is not None and embeddings.shape[1] > 1 and not (self.replays or self._chunks_are_exact):
+        if cache is not None and cache.steps and embeddings.shape[1] > 1 and not self._takes_chunks:
             return self._run_one_by_one(steps, cache, logits_to_keep=logits_to_keep)
         return self.run(steps, cache, use_cache=use_cache, logits_to_keep=logits_to_keep)
+
+    @property
+    def _takes_chunks(self) -> bool:
+        """Whether several steps can follow a cache at once."""
+        return self.replays or self._chunks_are_exact
 
     def _run_one_by_one(self, steps: Steps, cache: BackboneCache, *, logits_to_keep: int) -> BackboneOutput:
         """Feed step after step, for an LM whose state takes only one at a time."""
@@ -134,6 +141,35 @@ class Backbone(Runner):
             A cache of n rows that shares no memory with ``cache``.
         """
         return caches.select_rows(cache, indices)
+
+    def new_cache(self, rows: int, capacity: int) -> BackboneCache | None:
+        """Return an empty cache whose memory is taken once, for ``forward`` with ``use_cache``.
+
+        What the LM computes with it is what it computes with the cache that it makes itself.
+
+        Args:
+            rows: rows to take memory for; more can join.
+            capacity: steps to take memory for, padding included; more raise ``ContextOverflowError``.
+
+        Returns:
+            None if the LM keeps no state, or one whose memory cannot be fixed.
+        """
+        plan = self._cache_plan
+        return None if plan is None else caches.make(plan, rows=rows, capacity=capacity)
+
+    def cache_nbytes(self, rows: int, capacity: int) -> int | None:
+        """Bytes that ``new_cache`` takes at most, known before it is made; None where that gives None."""
+        plan = self._cache_plan
+        return None if plan is None else plan.nbytes(rows, capacity)
+
+    @property
+    def _cache_plan(self) -> CachePlan | None:
+        """How caches of fixed size are made, found anew when the LM changed its place or type."""
+        key = (self.device, self.dtype)
+        if self._plan_found is None or self._plan_found[0] != key:
+            plan = None if self.replays else probes.find_cache_plan(self)
+            self._plan_found = key, plan
+        return self._plan_found[1]
 
     def tap_final_norm(self) -> None:
         """Let every pass from now on also return what enters the LM's final norm, as ``tapped``.

@@ -1,16 +1,20 @@
 """What an LM hands from one step to the next, and rows of it.
 
 A cache of B rows and indices [n] in, a cache of n rows out. Goes by the shapes of the tensors that it finds.
-Knows no kind of cache but transformers' base class, which can reorder itself, and nothing of models.
+Rows join and steps are forgotten in caches of fixed size, whose layers know how. Knows no other kind of cache
+but transformers' base class, which can reorder itself, and nothing of models.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedConfig
+
+from omni_adapter.backbone.fixed import CachePlan, RowLayer
+from omni_adapter.errors import BackboneError
 
 
 @dataclass
@@ -21,11 +25,31 @@ class BackboneCache:
         states: what the LM returned, by the argument name under which it takes it back.
         rows: rows B of the batch that it belongs to.
         steps: steps that it has seen, padding included.
+        capacity: steps that it can hold, in memory taken once; None if it grows.
     """
 
     states: dict[str, Any]
     rows: int
     steps: int
+    capacity: int | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, room for rows and steps to come included."""
+        held: dict[int, int] = {}
+
+        def count(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            held[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        _rebuild(self.states, count, {})
+        return sum(held.values())
+
+
+def make(plan: CachePlan, *, rows: int, capacity: int) -> BackboneCache:
+    """Return an empty cache of fixed size."""
+    return BackboneCache({plan.name: plan.make(rows, capacity)}, rows, steps=0, capacity=capacity)
 
 
 def select_rows(cache: BackboneCache, indices: Tensor) -> BackboneCache:
@@ -39,7 +63,78 @@ def select_rows(cache: BackboneCache, indices: Tensor) -> BackboneCache:
         A cache of n rows that shares no memory with ``cache``.
     """
     states = {name: _select(value, cache.rows, indices) for name, value in cache.states.items()}
-    return BackboneCache(states, rows=len(indices), steps=cache.steps)
+    return BackboneCache(states, len(indices), cache.steps, cache.capacity)
+
+
+def keep_rows(cache: BackboneCache, indices: Sequence[int]) -> BackboneCache:
+    """Drop rows of a cache of fixed size in place.
+
+    Without any row left it is an empty place for rows to ``join``; it keeps its number of steps, which
+    ``trim`` can take back.
+
+    Args:
+        cache: it is consumed.
+        indices: rows that stay, ascending.
+
+    Raises:
+        BackboneError: if the cache is of no fixed size.
+    """
+    for layer in _layers(cache):
+        layer.keep_rows(indices)
+    return BackboneCache(cache.states, len(indices), cache.steps, cache.capacity)
+
+
+def join(first: BackboneCache, second: BackboneCache) -> BackboneCache:
+    """Put the rows of two caches into one, so that all end at the same step.
+
+    Rows with fewer steps get columns in front, which the caller's ``attention_mask`` must mask from then on;
+    positions are in the keys already. The rows are written into the room that ``first`` has left; if it has
+    none, it gets more. The result can hold as many steps as ``first``.
+
+    Args:
+        first: it is consumed; a fresh cache, unless it was left without rows, cannot be joined to.
+        second: of the same LM; it is consumed.
+
+    Returns:
+        The rows of ``first`` and then those of ``second``.
+
+    Raises:
+        BackboneError: if a cache is of no fixed size, as that of an LM whose state is no list of steps.
+        ContextOverflowError: if ``second`` has more steps than ``first`` can hold.
+    """
+    assert first.steps or not first.rows, "rows that have seen no step cannot be joined to"
+    for layer, other in zip(_layers(first), _layers(second), strict=True):
+        layer.join(other)
+    steps = max(first.steps, second.steps)
+    return BackboneCache(first.states, first.rows + second.rows, steps, first.capacity)
+
+
+def trim(cache: BackboneCache, steps: int) -> BackboneCache:
+    """Forget the first ``steps`` columns of a cache of fixed size, where all rows have padding.
+
+    Args:
+        cache: it is consumed.
+        steps: columns to forget.
+
+    Raises:
+        BackboneError: if the cache is of no fixed size.
+    """
+    for layer in _layers(cache):
+        layer.trim(steps)
+    return BackboneCache(cache.states, cache.rows, cache.steps - steps, cache.capacity)
+
+
+def _layers(cache: BackboneCache) -> list[RowLayer]:
+    """Layers of a cache of fixed size."""
+    if cache.capacity is None:
+        kinds = ", ".join(sorted(type(state).__name__ for state in cache.states.values()))
+        raise BackboneError(
+            f"rows can join and leave caches of fixed size only, got {kinds}; make it with "
+            "Backbone.new_cache, and run the rows apart where that gives None"
+        )
+    ((_, state),) = cache.states.items()
+    layers: list[RowLayer] = state.layers
+    return layers
 
 
 def _select(value: Any, rows: int, indices: Tensor) -> Any:

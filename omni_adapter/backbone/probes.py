@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from omni_adapter.backbone import caches
+from omni_adapter.backbone.fixed import CachePlan, plan_cache
 from omni_adapter.backbone.inspection import class_name
 from omni_adapter.backbone.runner import BackboneOutput, Runner, Steps
 from omni_adapter.errors import BackboneError
@@ -305,3 +307,34 @@ def chunks_are_exact(runner: Runner) -> bool:
         second = runner.run(Steps(embeddings[:, half:]), first.cache, use_cache=True)
         return is_close(second.hidden, whole.hidden[:, half:], runner=runner, slack=_CACHE_SLACK)
     return False
+
+
+@probe
+def find_cache_plan(runner: Runner) -> CachePlan | None:
+    """See what cache the LM makes, make it with fixed memory, and compare what the LM computes with both."""
+    pair = sample(runner).repeat(2, 1, 1)
+    pair[1] = pair[1].flip(0)
+    half = PROBE_STEPS // 2
+    rest = [Steps(step) for step in pair[:, half:].split(1, dim=1)]
+    with Tolerated():
+        own = runner.run(Steps(pair[:, :half]), use_cache=True)
+        plan = None if own.cache is None else plan_cache(own.cache.states, rows=2)
+        if plan is None:
+            return None
+        fixed = runner.run(
+            Steps(pair[:, :half]), caches.make(plan, rows=2, capacity=PROBE_STEPS), use_cache=True
+        )
+        for step in rest:
+            if not _is_same(own, fixed, runner):
+                return None
+            own = runner.run(step, own.cache, use_cache=True)
+            fixed = runner.run(step, fixed.cache, use_cache=True)
+        return plan if _is_same(own, fixed, runner) else None
+    return None
+
+
+def _is_same(own: BackboneOutput, fixed: BackboneOutput, runner: Runner) -> bool:
+    """Whether two passes gave the same, but for the rounding that another place in memory may bring."""
+    return is_close(fixed.hidden, own.hidden, runner=runner) and is_close(
+        fixed.logits, own.logits, runner=runner
+    )

@@ -171,7 +171,8 @@ class Runner(nn.Module):
             return BackboneOutput(logits, hidden, None, tapped)
         if states := self.accepted(**output):
             rows, count = steps.embeddings.shape[:2]
-            return BackboneOutput(logits, hidden, BackboneCache(states, rows, past + count), tapped)
+            capacity = None if cache is None else cache.capacity
+            return BackboneOutput(logits, hidden, BackboneCache(states, rows, past + count, capacity), tapped)
         self.replays = True
         return BackboneOutput(logits, hidden, _kept(steps), tapped)
 

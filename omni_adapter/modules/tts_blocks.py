@@ -3,7 +3,7 @@
 Hidden states in, hidden states out: [B, S, D] -> [B, S, D]. Knows nothing of LMs, codes or heads.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -13,9 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 from omni_adapter.config import TtsConfig
 from omni_adapter.errors import ConfigError
+from omni_adapter.step_buffer import StepBuffer
 
 _HEAD_WIDTH = 64  # attention heads of this width where the LM's width allows it
-_FIRST_CAPACITY = 256  # steps
 
 
 @dataclass
@@ -23,39 +23,72 @@ class TtsCache:
     """Keys and values of the steps seen so far; owned by the caller.
 
     Attributes:
-        keys: one buffer a block, [B, H, C, W]; the first ``length`` of C steps are filled.
+        capacity: steps to take memory for at once; None to grow with the steps.
+        rows: batch rows to take memory for at once; more are taken if more come.
+        keys: one buffer a block.
         values: likewise.
-        length: steps seen.
+        length: steps seen, padding included.
     """
 
-    keys: list[Tensor] = field(default_factory=list)
-    values: list[Tensor] = field(default_factory=list)
+    capacity: int | None = None
+    rows: int = 0
+    keys: list[StepBuffer] = field(default_factory=list)
+    values: list[StepBuffer] = field(default_factory=list)
     length: int = 0
 
     def append(self, block: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Store one block's keys and values [B, H, S, W]; return those of all steps so far."""
-        end = self.length + keys.shape[2]
-        if block == len(self.keys):
-            self.keys.append(keys.new_empty(0))
-            self.values.append(values.new_empty(0))
-        for buffers, new in ((self.keys, keys), (self.values, values)):
-            if buffers[block].dim() == 1 or buffers[block].shape[2] < end:
-                buffers[block] = self._grown(buffers[block], new, end)
-            buffers[block][:, :, self.length : end] = new
-        return self.keys[block][:, :, :end], self.values[block][:, :, :end]
+        """Store one block's keys and values [B, H, S, W]; return those of all steps so far.
 
-    def _grown(self, old: Tensor, new: Tensor, end: int) -> Tensor:
-        """Return a buffer for at least ``end`` steps with the old content, twice as large as needed."""
-        capacity = max(_FIRST_CAPACITY, 2 * end)
-        buffer = new.new_empty(new.shape[0], new.shape[1], capacity, new.shape[3])
-        if old.dim() > 1:
-            buffer[:, :, : self.length] = old[:, :, : self.length]
-        return buffer
+        Raises:
+            ContextOverflowError: if they go beyond the capacity.
+        """
+        if block == len(self.keys):
+            self.keys.append(StepBuffer(rows=self.rows, capacity=self.capacity))
+            self.values.append(StepBuffer(rows=self.rows, capacity=self.capacity))
+        return self.keys[block].append(keys), self.values[block].append(values)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return sum(buffer.nbytes for buffer in (*self.keys, *self.values))
 
     def select_rows(self, indices: Tensor) -> None:
-        """Keep the batch rows ``indices`` [n], in that order; a row may come several times."""
-        self.keys = [keys.index_select(0, indices) for keys in self.keys]
-        self.values = [values.index_select(0, indices) for values in self.values]
+        """Keep the batch rows ``indices`` [n], in that order; a row may come several times.
+
+        Rows that are only dropped, not repeated or moved, are dropped in place.
+        """
+        rows: list[int] = indices.tolist()
+        if rows == sorted(set(rows)):
+            self._each(lambda buffer: buffer.keep_rows(rows))
+        else:
+            self.keys = [buffer.selected(indices) for buffer in self.keys]
+            self.values = [buffer.selected(indices) for buffer in self.values]
+
+    def join(self, other: "TtsCache") -> None:
+        """Take the rows of ``other`` behind the own ones, so that all end at the same step.
+
+        The rows with fewer steps get columns in front that ``attention_mask`` must mask; where no rows are
+        held, the steps of those that were count as well. ``other`` stays as it is.
+
+        Raises:
+            ContextOverflowError: if the steps of ``other`` go beyond the capacity.
+        """
+        for _ in range(len(self.keys), len(other.keys)):
+            self.keys.append(StepBuffer(rows=self.rows, capacity=self.capacity))
+            self.values.append(StepBuffer(rows=self.rows, capacity=self.capacity))
+        for buffer, theirs in zip((*self.keys, *self.values), (*other.keys, *other.values), strict=True):
+            buffer.join(theirs)
+        self.length = max(self.length, other.length)
+
+    def trim(self, steps: int) -> None:
+        """Forget the first ``steps`` columns, which no row needs any more."""
+        self._each(lambda buffer: buffer.trim(steps))
+        self.length -= steps
+
+    def _each(self, change: Callable[[StepBuffer], None]) -> None:
+        """Change all buffers."""
+        for buffer in (*self.keys, *self.values):
+            change(buffer)
 
 
 def attention_bias(attention_mask: Tensor | None, *, steps: int, past: int) -> Tensor | None:
