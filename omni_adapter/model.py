@@ -193,14 +193,15 @@ class OmniModel(nn.Module):
             attention_mask: [B, past + S], zero at padding.
             position_ids: [B, S].
             cache: keys and values of earlier steps; these steps are added to it.
-            steps_to_keep: only that many last steps get logits; 0 for all, None for none.
+            steps_to_keep: only that many last steps get logits; 0 for all, None to run no heads.
         """
         hidden = hidden.to(self.code_heads.proj.weight.dtype)
         spoken = self.tts_blocks(
             hidden, attention_mask=attention_mask, position_ids=position_ids, cache=cache
         )  # [B, S, D]
-        kept = spoken[:, :0] if steps_to_keep is None else spoken[:, -steps_to_keep:]
-        logits: Tensor = self.code_heads(kept)
+        if steps_to_keep is None:
+            return spoken.new_empty(len(spoken), self.code_heads.num_codebooks, 0, 0)
+        logits: Tensor = self.code_heads(spoken[:, -steps_to_keep:])
         return logits
 
     def forward(

@@ -23,12 +23,12 @@ from omni_adapter.generation.sampling import (
     penalise,
     sample,
 )
+from omni_adapter.generation.state import DecodingState, Draws, Given, Role, Row
 from omni_adapter.model import OmniCache, OmniModel
 
 logger = logging.getLogger(__name__)
 
 FinishReason = Literal["end", "length", "context"]
-Role = Literal["speech", "text", "joint"]
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,8 @@ class Step(NamedTuple):
 
     Attributes:
         conversations: their indices in the batch, length n.
-        text: text ids, [n]; the rules' ``no_text`` after the end of a text.
-        codes: delayed ids of the code rows, [n, K]; pad where a row has none.
+        text: text ids, [n]; the rules' ``no_text`` after the end of a text. On the host.
+        codes: delayed ids of the code rows, [n, K]; pad where a row has none. On the host.
         finished: why a conversation ended with this step, or None if it goes on; length n.
     """
 
@@ -75,63 +75,15 @@ class Step(NamedTuple):
     finished: tuple[FinishReason | None, ...]
 
 
-class Row(NamedTuple):
-    """One row of the LM's batch: whose it is, and what is read off it."""
-
-    conversation: int
-    role: Role
-
-
-@dataclass
-class DecodingState:
-    """Everything a decode remembers between steps. Dropping it frees all of it.
-
-    Attributes:
-        rows: rows of the LM's batch, in the order of the cache; those that speak come first.
-        cache: state of LM and TTS blocks.
-        attention_mask: [rows, steps so far], None if no prompt was padded.
-        positions: position of the next step, [n].
-        step: answer steps done.
-        max_steps: answer steps at most, [n].
-        context_limited: whether ``max_steps`` comes from the base's positions, [n].
-        text: last text id, [n].
-        codes: last ids of the code rows, [n, K].
-        text_done: whether the text has ended, bool [n].
-        automaton: what is legal in the code rows; None if the task does not speak.
-        generators: source of each conversation's draws; empty if nothing is drawn.
-        seen_text: ids that came before, bool [n, V]; None without a repetition penalty.
-        seen_codes: likewise, bool [n, K, V].
-        given: texts that are fed instead of sampled, one per conversation; None if text is sampled.
-        text_logits: logits of the next step, [rows, V].
-        code_logits: likewise of the rows that speak, [rows, K, V].
-    """
-
-    rows: list[Row]
-    cache: OmniCache
-    attention_mask: Tensor | None
-    positions: Tensor
-    max_steps: Tensor
-    context_limited: Tensor
-    text: Tensor
-    codes: Tensor
-    text_done: Tensor
-    automaton: CodeRows | None
-    generators: list[torch.Generator]
-    seen_text: Tensor | None
-    seen_codes: Tensor | None
-    given: list[tuple[int, ...]] | None
-    text_logits: Tensor
-    code_logits: Tensor | None
-    step: int = 0
-
-    @property
-    def num_speaking(self) -> int:
-        """Rows that carry codes; they come first."""
-        return sum(row.role != "text" for row in self.rows) if self.automaton else 0
+_MOST_RESERVED = 1 << 14  # columns; longer replies take memory as they go on
 
 
 class Decoder:
     """Runs the loop for one model, task and setting. Holds no state of a decode.
+
+    A prompt is read once, in as many pieces as it comes in: ``open``, ``read`` for each piece, ``close`` with
+    the last; ``prefill`` is these for a prompt that is there as a whole. From then on ``choose`` and
+    ``advance`` take turns; ``steps`` runs them to the end.
 
     Args:
         model: the talking model.
@@ -155,6 +107,8 @@ class Decoder:
     ) -> None:
         self.model, self.rules, self.task, self.settings = model, rules, task, settings
         self.text_end_ids = torch.tensor(text_end_ids, device=model.device)
+        # Where the host only queues work, the next pass is queued before the ids of this step are waited for.
+        self.runs_ahead = model.device.type != "cpu"
         least = CodeAutomaton.least_steps(rules.delays)
         if task.speaks and settings.max_new_tokens < least:
             raise ConfigError(
@@ -166,6 +120,8 @@ class Decoder:
     def splits_rows(self) -> bool:
         """Whether text and speech of a conversation run in rows of their own."""
         return self.task.speaks and self.settings.batch_parallel and not self.task.text_given
+
+    # --- whole replies ---
 
     def run(
         self, samples: Sequence[Sample], *, given: Sequence[tuple[int, ...]] | None = None
@@ -183,9 +139,6 @@ class Decoder:
             ContextOverflowError: if a prompt leaves no room for a reply in the base's positions.
             PromptError: if ``given`` does not go with the task.
         """
-        if self.task.text_given != (given is not None):
-            expected = "one text per conversation" if self.task.text_given else "no given text"
-            raise PromptError(f"this task takes {expected}")
         lengths = {sample.layout.grid.shape[1] for sample in samples}
         if len(lengths) == 1 or self.model.backbone.padding_is_exact:
             lanes = [list(range(len(samples)))]
@@ -206,86 +159,325 @@ class Decoder:
                     yield step._replace(conversations=tuple(lane[index] for index in step.conversations))
 
     def _run_lane(
-        self, samples: Sequence[Sample], given: list[tuple[int, ...]] | None
+        self, samples: Sequence[Sample], given: Sequence[tuple[int, ...]] | None
     ) -> Generator[Step, None, None]:
         state = self.prefill(collate(samples, rules=self.rules).to(self.model.device), given=given)
-        while True:
-            step = self.choose(state)
+        yield from self.steps(state)
+
+    def steps(self, state: DecodingState) -> Generator[Step, None, None]:
+        """Yield the steps of prompts that were read, until the last conversation has ended."""
+        while state.rows:
+            ids = self._choose(state)
+            if self.runs_ahead:
+                self.advance(state)
+            step = self._report(state, ids)
             yield step
             self._drop_finished(state, step)
-            if not state.rows:
-                return
-            self.advance(state)
+            if state.rows and not self.runs_ahead:
+                self.advance(state)
+
+    # --- prompts ---
 
     @torch.no_grad()
-    def prefill(self, batch: Batch, *, given: list[tuple[int, ...]] | None = None) -> DecodingState:
-        """Read the prompts and return the state before the first step.
+    def prefill(
+        self,
+        batch: Batch,
+        *,
+        given: Sequence[tuple[int, ...]] | None = None,
+        seeds: Sequence[int] | None = None,
+    ) -> DecodingState:
+        """Read whole prompts and return the state before the first step.
 
-        With batch-parallel decoding all but the last column is the same for both rows of a conversation: it
-        is read once, its cache is expanded, and the rows part at the task's mark.
+        Args:
+            batch: prompts, padded on the left.
+            given: text ids of each conversation, for tasks whose text is known.
+            seeds: of each conversation's draws; None takes that of the settings.
         """
-        self._check_context(batch)
-        count, device = batch.grid.shape[0], batch.grid.device
-        mask = batch.attention_mask if batch.is_padded else None
-        state = self._fresh_state(batch, mask, given)
+        columns = batch.grid.shape[-1]
+        padding = (columns - batch.attention_mask.sum(dim=1)).tolist()
+        state = self.open(padding=padding, prompt_steps=columns, given=given, seeds=seeds)
         heard = self.model.hear(batch.clips) if batch.clips is not None else []
-        embeddings = self.model.embed(batch.grid, places=batch.places, heard=heard)
-        positions = batch.position_ids if mask is not None else None
-        if not self.splits_rows:
-            state.rows = [Row(index, "joint") for index in range(count)]
-            self._read(state, embeddings, mask, positions)
-            return state
-        state.rows = [Row(index, "speech") for index in range(count)]
-        if embeddings.shape[1] > 1:
-            prefix_mask = mask[:, :-1] if mask is not None else None
-            prefix_positions = positions[:, :-1] if positions is not None else None
-            self._read(state, embeddings[:, :-1], prefix_mask, prefix_positions)
-        twice = torch.arange(count, device=device).repeat(2)
-        if state.cache.backbone is not None:
-            state.cache.backbone = self.model.backbone.select_rows(state.cache.backbone, twice)
-        state.rows += [Row(index, "text") for index in range(count)]
-        state.attention_mask = mask[twice] if mask is not None else None
-        last = batch.grid[:, :, -1:][twice]  # [2B, K + 1, 1]
-        last[count:, :-1] = self.rules.silent_mark
-        last_positions = positions[:, -1:][twice] if positions is not None else None
-        self._read(state, self.model.embed(last), state.attention_mask, last_positions)
+        self.close(state, batch.grid, places=batch.places, heard=heard)
         return state
+
+    @torch.no_grad()
+    def open(
+        self,
+        *,
+        padding: Sequence[int] = (0,),
+        prompt_steps: int | None = None,
+        given: Sequence[tuple[int, ...]] | None = None,
+        seeds: Sequence[int] | None = None,
+    ) -> DecodingState:
+        """Return the state of conversations of whose prompts nothing was read yet.
+
+        Args:
+            padding: columns before the first step of each prompt; its length is that of the batch.
+            prompt_steps: columns that the prompts take at most, so that memory for prompt and reply is made
+                at once; None makes it as they come.
+            given: text ids of each conversation, for tasks whose text is known.
+            seeds: of each conversation's draws; None takes that of the settings.
+
+        Raises:
+            ContextOverflowError: if the longest prompt leaves no room for a reply.
+            PromptError: if ``given`` does not go with the task.
+        """
+        if self.task.text_given != (given is not None):
+            expected = "one text per conversation" if self.task.text_given else "no given text"
+            raise PromptError(f"this task takes {expected}")
+        count, device, speaks = len(padding), self.model.device, self.task.speaks
+        rules, settings = self.rules, self.settings
+        capacity = None
+        if prompt_steps is not None:
+            self._check_context(prompt_steps - min(padding))
+            capacity = self._capacity(prompt_steps, min(padding))
+        last = torch.full((count, rules.num_codebooks + 1), rules.vocabulary.pad, device=device)
+        last[:, -1] = rules.no_text
+        state = DecodingState(
+            names=list(range(count)),
+            rows=[],
+            cache=OmniCache(),
+            capacity=capacity,
+            padding=list(padding),
+            speaks=[speaks] * count,
+            has_given=[given is not None] * count,
+            steps=[0] * count,
+            max_steps=[0] * count,
+            context_limited=[False] * count,
+            written=[False] * count,
+            said=[not speaks] * count,
+            last=last,
+            text_done=torch.zeros(count, dtype=torch.bool, device=device),
+            talks=torch.full((count,), speaks, device=device),
+            given=Given.of(given, device=device) if given is not None else None,
+        )
+        if not (settings.text_sampling.is_greedy and settings.code_sampling.is_greedy):
+            seeds = [settings.seed] * count if seeds is None else seeds
+            state.draws = Draws(seeds, width=rules.num_codebooks + 1, device=device)
+        if settings.text_sampling.repetition_penalty != 1:
+            state.seen_text = torch.zeros(
+                count, self.model.backbone.vocab_size, dtype=torch.bool, device=device
+            )
+        if settings.code_sampling.repetition_penalty != 1:
+            shape = (count, rules.num_codebooks, rules.vocabulary.size)
+            state.seen_codes = torch.zeros(shape, dtype=torch.bool, device=device)
+        role: Role = "text" if not speaks else "speech" if self.splits_rows else "joint"
+        state.set_rows([Row(index, role) for index in range(count)])
+        return state
+
+    @torch.no_grad()
+    def read(
+        self,
+        state: DecodingState,
+        grid: Tensor,
+        *,
+        places: Sequence[tuple[int, int, int]] = (),
+        heard: Sequence[Tensor] = (),
+    ) -> None:
+        """Read the next columns of prompts that go on.
+
+        Args:
+            state: of ``open``, changed in place.
+            grid: ids, [n, K + 1, s] with s >= 0, as the layout of the whole prompt has them.
+            places: conversation, first column in ``grid`` and number of columns of each recording in it.
+            heard: embeddings of each of those recordings, [A, D].
+
+        Raises:
+            ContextOverflowError: if no room is left for a reply.
+        """
+        if not grid.shape[-1]:
+            return
+        self._check_context(state.length + grid.shape[-1] - min(state.padding))
+        self._note_text(state, grid)
+        self._pass(state, self.model.embed(grid, places=places, heard=heard), read_off=False)
+
+    @torch.no_grad()
+    def close(
+        self,
+        state: DecodingState,
+        grid: Tensor,
+        *,
+        places: Sequence[tuple[int, int, int]] = (),
+        heard: Sequence[Tensor] = (),
+    ) -> None:
+        """Read the last columns of the prompts, so that the first step can be chosen.
+
+        With batch-parallel decoding all but the very last column is the same for both rows of a conversation:
+        it is read once, its cache is expanded, and the rows part at the task's mark.
+
+        Args:
+            state: of ``open``, changed in place.
+            grid: ids, [n, K + 1, s] with s >= 1; the last column bears the task's mark.
+            places: as for ``read``.
+            heard: likewise.
+
+        Raises:
+            ContextOverflowError: if no room is left for a reply.
+        """
+        self._check_context(state.length + grid.shape[-1] - min(state.padding))
+        self._limit_steps(state, state.length + grid.shape[-1])
+        if not self.splits_rows:
+            self._note_text(state, grid)
+            self._pass(state, self.model.embed(grid, places=places, heard=heard))
+            return
+        self.read(state, grid[..., :-1], places=places, heard=heard)
+        count, last = len(grid), grid[..., -1:]  # [n, K + 1, 1]
+        self._note_text(state, last)
+        if state.cache.backbone is not None:
+            twice = torch.arange(count, device=last.device).repeat(2)
+            state.cache.backbone = self.model.backbone.select_rows(state.cache.backbone, twice)
+        state.set_rows([*state.rows, *(Row(index, "text") for index in range(count))])
+        last = last.repeat(2, 1, 1)
+        last[count:, :-1] = self.rules.silent_mark
+        self._pass(state, self.model.embed(last))
+
+    # --- steps ---
 
     @torch.no_grad()
     def choose(self, state: DecodingState) -> Step:
         """Choose the ids of the next step and write them into the state."""
-        uniform = self._draw(state)
-        speaking = [row.conversation for row in state.rows[: state.num_speaking]]
-        writing = [index for index, row in enumerate(state.rows) if row.role != "speech"]
-        writing = [index for index in writing if not bool(state.text_done[state.rows[index].conversation])]
-        alive = sorted({row.conversation for row in state.rows})
-        state.text[:] = self.rules.no_text
-        if writing:
-            self._choose_text(state, writing, uniform)
-        if state.automaton is not None:
-            self._choose_codes(state, speaking, uniform)
-        state.step += 1
-        finished = self._finished(state, alive)
-        chosen = torch.tensor(alive, device=state.text.device)
-        return Step(tuple(alive), state.text[chosen], state.codes[chosen], finished)
+        return self._report(state, self._choose(state))
 
     @torch.no_grad()
     def advance(self, state: DecodingState) -> None:
         """Feed the chosen ids to the model, so that the next step can be chosen."""
-        owners = torch.tensor([row.conversation for row in state.rows], device=state.text.device)
-        grid = torch.cat((state.codes[owners], state.text[owners, None]), dim=1)[..., None]  # [R, K + 1, 1]
-        grid[state.num_speaking :, :-1] = self.rules.vocabulary.pad
-        positions = None
-        if state.attention_mask is not None:
-            new = state.attention_mask.new_ones(len(state.rows), 1)
-            state.attention_mask = torch.cat((state.attention_mask, new), dim=1)
-            positions = (state.positions[owners] + state.step - 1)[:, None]
-        self._read(state, self.model.embed(grid), state.attention_mask, positions)
+        plan = state.plan
+        grid = state.last.index_select(0, plan.owners)  # [R, K + 1]
+        grid[plan.silent, :-1] = self.rules.vocabulary.pad
+        self._pass(state, self.model.embed(grid[..., None]))
 
-    def _read(
-        self, state: DecodingState, embeddings: Tensor, mask: Tensor | None, positions: Tensor | None
-    ) -> None:
-        """Run the model over new steps [R, S, D] and keep the last one's logits."""
+    @torch.no_grad()
+    def _drop_finished(self, state: DecodingState, step: Step) -> None:
+        """Drop what has nothing more to say from the batch and the caches: rows, and whole conversations."""
+        over = [reason is not None for reason in step.finished]
+
+        def has_more(row: Row) -> bool:
+            if over[row.conversation]:
+                return False
+            if row.role == "speech":
+                return not state.said[row.conversation]
+            return row.role == "joint" or not state.written[row.conversation]
+
+        self.keep_rows(state, [index for index, row in enumerate(state.rows) if has_more(row)])
+
+    @torch.no_grad()
+    def keep_rows(self, state: DecodingState, kept: Sequence[int]) -> None:
+        """Drop all rows but those at ``kept``, and conversations that are left without any.
+
+        Nothing of what is dropped can be reached from the state afterwards.
+        """
+        if len(kept) == len(state.rows):
+            return
+        device, rows = state.last.device, [state.rows[index] for index in kept]
+        speaking = [index for index, row in enumerate(state.rows) if row.role != "text"]
+        writing = [index for index, row in enumerate(state.rows) if row.role != "speech"]
+        chosen = set(kept)
+        spoken = [place for place, index in enumerate(speaking) if index in chosen]
+        wrote = [place for place, index in enumerate(writing) if index in chosen]
+        if kept:
+            indices = torch.tensor(kept, device=device)
+            state.cache.backbone = self.model.backbone.select_rows(state.cache.backbone, indices)
+        else:
+            state.cache.backbone = None
+        if len(spoken) < len(speaking):
+            state.cache.tts.select_rows(torch.tensor(spoken, device=device, dtype=torch.long))
+        if state.code_logits is not None:
+            state.code_logits = state.code_logits[spoken]
+        if state.write_logits is not None:
+            state.write_logits = state.write_logits[wrote]
+        state.set_rows(rows)
+        state.keep_conversations(sorted({row.conversation for row in rows}))
+
+    @torch.no_grad()
+    def _choose(self, state: DecodingState) -> Tensor:
+        """Choose the next ids without waiting for the device.
+
+        Returns:
+            Ids as on the grid, then whether the text is over, the codes are, and speech was cut, [n, K + 4].
+        """
+        uniform = state.draws.take() if state.draws else None
+        text = self._choose_text(state, uniform)
+        if state.automaton is None:
+            said, cut = ~state.talks, torch.zeros_like(state.talks)
+            ids = torch.cat((state.last[:, :-1], text[:, None]), dim=1)
+        else:
+            codes = self._choose_codes(state, state.automaton, uniform)
+            said, cut = state.automaton.finished | ~state.talks, state.automaton.cut & state.talks
+            if state.automaton.ends_text:
+                over = state.automaton.finished & state.talks
+                text = text.masked_fill(over, self.rules.no_text)
+                state.text_done = state.text_done | over
+            ids = torch.cat((codes, text[:, None]), dim=1)
+        state.last = ids
+        return torch.cat((ids, torch.stack((state.text_done, said, cut), dim=1)), dim=1)
+
+    def _report(self, state: DecodingState, chosen: Tensor) -> Step:
+        """Read what was chosen, and say who has ended."""
+        chosen = chosen.cpu()  # the one wait of a step
+        flags = chosen[:, -3:].bool().tolist()
+        state.steps = [done + 1 for done in state.steps]
+        written, said = [flag[0] for flag in flags], [flag[1] for flag in flags]
+        if written != state.written:
+            state.refresh()
+        state.written, state.said = written, said
+        reasons = tuple(self._reason(state, index, cut=cut) for index, (_, _, cut) in enumerate(flags))
+        return Step(tuple(state.names), chosen[:, -4], chosen[:, :-4], reasons)
+
+    @staticmethod
+    def _reason(state: DecodingState, index: int, *, cut: bool) -> FinishReason | None:
+        """Why a conversation ends with this step, None if it goes on."""
+        natural = state.written[index] and state.said[index]
+        if not natural and state.steps[index] < state.max_steps[index]:
+            return None
+        if natural and not cut:
+            return "end"
+        return "context" if state.context_limited[index] else "length"
+
+    def _choose_text(self, state: DecodingState, uniform: Tensor | None) -> Tensor:
+        """Sample the text of the rows that write, or take it as given; return all texts, [n]."""
+        plan, settings = state.plan, self.settings.text_sampling
+        text = torch.full_like(state.last[:, -1], self.rules.no_text)
+        if state.write_logits is not None:
+            logits = state.write_logits
+            if state.seen_text is not None:
+                logits = penalise(logits, state.seen_text[plan.writers], settings.repetition_penalty)
+            ids = sample(logits, settings, uniform=None if uniform is None else uniform[plan.writers, -1])
+            if state.seen_text is not None:
+                seen = state.seen_text[plan.writers].scatter(1, ids[:, None], True)
+                state.seen_text[plan.writers] = seen
+            text[plan.writers] = ids
+        over = torch.isin(text, self.text_end_ids)
+        if (given := state.given) is not None:
+            fed = given.ids.gather(1, given.step.clamp(max=given.ids.shape[1] - 1)[:, None])[:, 0]
+            given.step = given.step + 1
+            text = torch.where(given.lengths > 0, fed, text)
+            over = torch.where(given.lengths > 0, given.step >= given.lengths, over)
+        text = text.masked_fill(state.text_done, self.rules.no_text)
+        state.text_done = state.text_done | over
+        return text
+
+    def _choose_codes(self, state: DecodingState, automaton: CodeRows, uniform: Tensor | None) -> Tensor:
+        """Sample the codes of the rows that speak under the automaton; return all codes, [n, K]."""
+        drawn, speakers = torch.zeros_like(state.last[:, :-1]), state.plan.speakers
+        if state.code_logits is not None:
+            logits, settings = state.code_logits, self.settings.code_sampling
+            if state.seen_codes is not None:
+                logits = penalise(logits, state.seen_codes[speakers], settings.repetition_penalty)
+            logits = automaton.mask(logits)
+            numbers = None if uniform is None else uniform[speakers, :-1].flatten()
+            ids = sample(logits.flatten(0, 1), settings, uniform=numbers).unflatten(0, logits.shape[:2])
+            drawn[speakers] = ids
+            if state.seen_codes is not None:
+                state.seen_codes[speakers] = state.seen_codes[speakers].scatter(-1, ids[..., None], True)
+        return automaton.advance(drawn)
+
+    # --- passes ---
+
+    def _pass(self, state: DecodingState, embeddings: Tensor, *, read_off: bool = True) -> None:
+        """Run the model over new columns [R, S, D]; keep the last one's logits if they are to be read off."""
+        plan, steps = state.plan, embeddings.shape[1]
+        mask, positions = state.attention(steps)
+        writes = read_off and plan.num_sampled > 0
         output = self.model.backbone(
             embeddings,
             attention_mask=mask,
@@ -295,167 +487,55 @@ class Decoder:
             logits_to_keep=1,
         )
         state.cache.backbone = output.cache
-        state.text_logits = output.logits[:, -1]
-        speaking = state.num_speaking
-        if speaking:
-            state.code_logits = self.model.speak(
-                output.tapped[:speaking],
-                attention_mask=mask[:speaking] if mask is not None else None,
-                position_ids=positions[:speaking] if positions is not None else None,
+        state.write_logits = output.logits[plan.writing, -1] if writes else None
+        state.code_logits = None
+        if plan.num_speaking:
+            logits = self.model.speak(
+                output.tapped[plan.speaking],
+                attention_mask=mask[plan.speaking] if mask is not None else None,
+                position_ids=positions[plan.speaking] if positions is not None else None,
                 cache=state.cache.tts,
-                steps_to_keep=1,
-            )[:, :, -1]  # [speaking, K, V]
+                steps_to_keep=1 if read_off else None,
+            )  # [P, K, 1 or 0, V]
+            state.code_logits = logits[:, :, -1] if read_off else None
+        state.length += steps
 
-    def _choose_text(self, state: DecodingState, writing: list[int], uniform: Tensor | None) -> None:
-        """Sample, or take as given, the text of the rows ``writing``."""
-        owners = torch.tensor([state.rows[index].conversation for index in writing], device=state.text.device)
-        if state.given is not None:
-            ids = torch.tensor([state.given[owner][state.step] for owner in owners.tolist()]).to(owners)
-            over = torch.tensor([state.step + 1 == len(state.given[owner]) for owner in owners.tolist()])
-            state.text[owners], state.text_done[owners] = ids, over.to(owners.device)
-            return
-        logits = state.text_logits[writing]
-        if state.seen_text is not None:
-            logits = penalise(logits, state.seen_text[owners], self.settings.text_sampling.repetition_penalty)
-        ids = sample(
-            logits, self.settings.text_sampling, uniform=None if uniform is None else uniform[owners, -1]
-        )
-        if state.seen_text is not None:
-            state.seen_text[owners, ids] = True
-        state.text[owners] = ids
-        state.text_done[owners] = torch.isin(ids, self.text_end_ids)
-
-    def _choose_codes(self, state: DecodingState, speaking: list[int], uniform: Tensor | None) -> None:
-        """Sample the codes of the conversations ``speaking`` under the automaton."""
-        automaton = state.automaton
-        assert automaton is not None
-        drawn = torch.zeros_like(state.codes)
-        if speaking:
-            assert state.code_logits is not None
-            owners = torch.tensor(speaking, device=drawn.device)
-            logits = state.code_logits
-            if state.seen_codes is not None:
-                logits = penalise(
-                    logits, state.seen_codes[owners], self.settings.code_sampling.repetition_penalty
-                )
-            logits = automaton.mask(logits)
-            numbers = None if uniform is None else uniform[owners, :-1].flatten()
-            ids = sample(logits.flatten(0, 1), self.settings.code_sampling, uniform=numbers)
-            drawn[owners] = ids.view(len(speaking), -1)
-            if state.seen_codes is not None:
-                state.seen_codes[owners] = state.seen_codes[owners].scatter(
-                    -1, drawn[owners][..., None], True
-                )
-        state.codes = automaton.advance(drawn)
-        if automaton.ends_text:
-            state.text[automaton.finished] = self.rules.no_text
-            state.text_done |= automaton.finished
-
-    def _finished(self, state: DecodingState, alive: Sequence[int]) -> tuple[FinishReason | None, ...]:
-        """Why each running conversation ends with this step, if it does."""
-        silent = state.automaton.finished if state.automaton else torch.ones_like(state.text_done)
-        cut = state.automaton.cut if state.automaton else torch.zeros_like(state.text_done)
-        natural = (state.text_done & silent).tolist()
-        out_of_steps = (state.step >= state.max_steps).tolist()
-        shortened = (cut | ~(state.text_done & silent)).tolist()
-        by_context = state.context_limited.tolist()
-        reasons: list[FinishReason | None] = []
-        for index in alive:
-            if not natural[index] and not out_of_steps[index]:
-                reasons.append(None)
-            elif not shortened[index]:
-                reasons.append("end")
-            else:
-                reasons.append("context" if by_context[index] else "length")
-        return tuple(reasons)
-
-    @torch.no_grad()
-    def _drop_finished(self, state: DecodingState, step: Step) -> None:
-        """Drop rows that have nothing more to say from the batch and the caches."""
-        over = {c for c, reason in zip(step.conversations, step.finished, strict=True) if reason}
-        silent = state.automaton.finished.tolist() if state.automaton else None
-        written = state.text_done.tolist()
-
-        def has_more(row: Row) -> bool:
-            if row.conversation in over:
-                return False
-            if row.role == "speech":
-                return not (silent and silent[row.conversation])
-            return row.role == "joint" or not written[row.conversation]
-
-        kept = [index for index, row in enumerate(state.rows) if has_more(row)]
-        if len(kept) == len(state.rows):
-            return
-        speaking = [index for index in kept if index < state.num_speaking]
-        if kept:
-            indices = torch.tensor(kept, device=state.text.device)
-            state.cache.backbone = self.model.backbone.select_rows(state.cache.backbone, indices)
-            state.cache.tts.select_rows(torch.tensor(speaking, device=state.text.device, dtype=torch.long))
-            if state.attention_mask is not None:
-                state.attention_mask = state.attention_mask[indices]
-        state.rows = [state.rows[index] for index in kept]
-
-    def _draw(self, state: DecodingState) -> Tensor | None:
-        """One number in [0, 1) for each conversation and row, [n, K + 1]; None if nothing is drawn."""
-        if not state.generators:
-            return None
-        rows = self.rules.num_codebooks + 1
-        return torch.stack([torch.rand(rows, generator=g) for g in state.generators]).to(state.text.device)
-
-    def _check_context(self, batch: Batch) -> None:
+    def _check_context(self, prompt_steps: int) -> None:
         """Refuse prompts that leave no room for a reply."""
         limit = self.model.backbone.max_positions
         least = CodeAutomaton.least_steps(self.rules.delays) if self.task.speaks else 1
-        longest = int(batch.attention_mask.sum(dim=1).max())
-        if limit is not None and longest + least > limit:
+        if limit is not None and prompt_steps + least > limit:
             raise ContextOverflowError(
-                f"the prompt takes {longest} steps and the base LM knows {limit} positions, which leaves no "
-                f"room for a reply of at least {least}; use a shorter recording, fewer turns, or a larger "
-                "audio_adapter.stack"
+                f"the prompt takes {prompt_steps} steps and the base LM knows {limit} positions, which "
+                f"leaves no room for a reply of at least {least}; use a shorter recording, fewer turns, or "
+                "a larger audio_adapter.stack"
             )
 
-    def _fresh_state(
-        self, batch: Batch, mask: Tensor | None, given: list[tuple[int, ...]] | None
-    ) -> DecodingState:
-        """The state before anything was read."""
-        count, device = batch.grid.shape[0], batch.grid.device
-        lengths = batch.attention_mask.sum(dim=1)
-        max_steps = torch.full_like(lengths, self.settings.max_new_tokens)
-        context_limited = torch.zeros_like(lengths, dtype=torch.bool)
-        limit = self.model.backbone.max_positions
+    def _capacity(self, prompt_steps: int, padding: int) -> int | None:
+        """Columns for prompt and reply, None if they are too many to be made at once."""
+        limit, wanted = self.model.backbone.max_positions, prompt_steps + self.settings.max_new_tokens
         if limit is not None:
-            context_limited = limit - lengths < max_steps
-            max_steps = max_steps.minimum(limit - lengths)
-        rules, settings = self.rules, self.settings
-        draws = not (settings.text_sampling.is_greedy and settings.code_sampling.is_greedy)
-        automaton = None
+            wanted = min(wanted, limit + padding)
+        # A step more, since a reply that is over may be fed on once before that is known.
+        return wanted + 1 if wanted < _MOST_RESERVED else None
+
+    def _limit_steps(self, state: DecodingState, columns: int) -> None:
+        """Count how many steps each reply may have after a prompt that ends at ``columns``."""
+        limit, wanted = self.model.backbone.max_positions, self.settings.max_new_tokens
+        room = [None if limit is None else limit - (columns - padding) for padding in state.padding]
+        state.max_steps = [wanted if left is None else min(wanted, left) for left in room]
+        state.context_limited = [left is not None and left < wanted for left in room]
         if self.task.speaks:
-            automaton = CODE_ROWS[rules.code_rule](
-                rules.vocabulary, delays=rules.delays, max_steps=max_steps, device=device
+            state.automaton = CODE_ROWS[self.rules.code_rule](
+                self.rules.vocabulary,
+                delays=self.rules.delays,
+                max_steps=torch.tensor(state.max_steps, device=state.last.device),
+                device=state.last.device,
             )
-        seen_text = seen_codes = None
-        if settings.text_sampling.repetition_penalty != 1:
-            seen_text = torch.zeros(count, self.model.backbone.vocab_size, dtype=torch.bool, device=device)
-            prompt_text = batch.grid[:, -1].clamp(min=0)
-            seen_text.scatter_(1, prompt_text, batch.grid[:, -1] >= 0)
-        if settings.code_sampling.repetition_penalty != 1:
-            shape = (count, rules.num_codebooks, rules.vocabulary.size)
-            seen_codes = torch.zeros(shape, dtype=torch.bool, device=device)
-        return DecodingState(
-            rows=[],
-            cache=OmniCache(),
-            attention_mask=mask,
-            positions=lengths,
-            max_steps=max_steps,
-            context_limited=context_limited,
-            text=torch.full((count,), rules.no_text, device=device),
-            codes=torch.full((count, rules.num_codebooks), rules.vocabulary.pad, device=device),
-            text_done=torch.zeros(count, dtype=torch.bool, device=device),
-            automaton=automaton,
-            generators=[torch.Generator().manual_seed(settings.seed) for _ in range(count)] if draws else [],
-            seen_text=seen_text,
-            seen_codes=seen_codes,
-            given=given,
-            text_logits=torch.empty(0, device=device),
-            code_logits=None,
-        )
+
+    def _note_text(self, state: DecodingState, grid: Tensor) -> None:
+        """Remember which text ids the prompts hold, for the repetition penalty."""
+        if state.seen_text is not None:
+            ids = grid[:, -1]
+            conversations, columns = (ids >= 0).nonzero(as_tuple=True)
+            state.seen_text[conversations, ids[conversations, columns]] = True

@@ -6,7 +6,7 @@ nothing of models, prompts or codecs.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor
@@ -109,6 +109,12 @@ class CodeRows(Protocol):
     def advance(self, drawn: Tensor) -> Tensor:
         """Return the ids of this step, [B, K], for ids drawn under ``mask``, and count the step."""
 
+    def keep(self, indices: Tensor) -> None:
+        """Keep the conversations ``indices``, [n]."""
+
+    def join(self, other: Self) -> None:
+        """Put the conversations of ``other`` behind these."""
+
 
 class FreeRows:
     """Lets every code row write what it will; the end mark of the last row ends the reply, text and all.
@@ -145,6 +151,14 @@ class FreeRows:
         ids = torch.where(self.finished[:, None], self.vocabulary.pad, drawn)
         self.finished = self.finished | (ids[:, self.last_row] == self.vocabulary.end)
         return ids
+
+    def keep(self, indices: Tensor) -> None:
+        """Keep the conversations ``indices``, [n]."""
+        self.finished = self.finished[indices]
+
+    def join(self, other: Self) -> None:
+        """Put the conversations of ``other`` behind these."""
+        self.finished = torch.cat((self.finished, other.finished))
 
 
 class CodeAutomaton:
@@ -210,6 +224,17 @@ class CodeAutomaton:
         ids = torch.where((step < self.delays) | (known & (step > end_step)), vocabulary.pad, ids)
         self.step = self.step + 1
         return ids
+
+    def keep(self, indices: Tensor) -> None:
+        """Keep the conversations ``indices``, [n]."""
+        self.max_frames, self.step = self.max_frames[indices], self.step[indices]
+        self.frames = self.frames[indices]
+
+    def join(self, other: Self) -> None:
+        """Put the conversations of ``other`` behind these."""
+        self.max_frames = torch.cat((self.max_frames, other.max_frames))
+        self.step = torch.cat((self.step, other.step))
+        self.frames = torch.cat((self.frames, other.frames))
 
 
 CODE_ROWS: Mapping[CodeRule, type[CodeAutomaton] | type[FreeRows]] = {

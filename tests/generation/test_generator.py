@@ -199,3 +199,51 @@ def test_settings_that_cannot_work_are_refused(talker):
         GenerationSettings(stride=0)
     with pytest.raises(PromptError, match="this task takes one text per conversation"):
         list(decoder(talker, "tts").run([sample_of(talker, "a", "tts")]))
+
+
+def read_in_pieces(run: Decoder, batch, ends: list[int], *, reserve: bool):
+    """The state after a prompt that came in pieces, which end at the columns ``ends``."""
+    heard = run.model.hear(batch.clips) if batch.clips else []
+    state = run.open(prompt_steps=batch.grid.shape[-1] if reserve else None)
+    starts = [0, *ends]
+    for start, end in zip(starts, [*ends, batch.grid.shape[-1]], strict=True):
+        inside, sounds = [], []
+        for (row, first, length), embeddings in zip(batch.places, heard, strict=True):
+            left, right = max(first, start), min(first + length, end)
+            if left < right:
+                inside.append((row, left - start, right - left))
+                sounds.append(embeddings[left - first : right - first])
+        part = run.close if end == batch.grid.shape[-1] else run.read
+        part(state, batch.grid[..., start:end], places=inside, heard=sounds)
+    return state
+
+
+@pytest.mark.parametrize("reserve", [True, False], ids=["known", "growing"])
+@pytest.mark.parametrize("task", ["speech_to_speech", "speech_to_text"])
+def test_prompts_in_pieces_are_prompts_as_a_whole(talker, question, task, reserve):
+    """Equal within rounding: a piece is multiplied apart from those before it."""
+    run = decoder(talker, task, **SAMPLED)
+    batch = collate([heard(talker, question, task)], rules=talker.processor.rules)
+    whole, length = run.prefill(batch), batch.grid.shape[-1]
+    for ends in ([], [1], [length - 1], [3, 3, 9, length - 2]):
+        pieces = read_in_pieces(run, batch, ends, reserve=reserve)
+        assert pieces.rows == whole.rows
+        assert (pieces.length, pieces.max_steps) == (length, whole.max_steps)
+        torch.testing.assert_close(pieces.write_logits, whole.write_logits, rtol=1e-4, atol=1e-5)
+        if not ends:
+            assert torch.equal(pieces.write_logits, whole.write_logits)
+        if task == "speech_to_speech":
+            torch.testing.assert_close(pieces.code_logits, whole.code_logits, rtol=1e-4, atol=1e-5)
+        assert torch.equal(pieces.seen_text, whole.seen_text)
+        assert ids(run.steps(pieces)) == ids(run.run([heard(talker, question, task)]))
+
+
+def test_prompts_that_are_left_half_read_leave_nothing_behind(talker, question):
+    run = decoder(talker, "speech_to_speech")
+    batch = collate([heard(talker, question, "speech_to_speech")], rules=talker.processor.rules)
+    state = run.open(prompt_steps=batch.grid.shape[-1])
+    run.read(state, batch.grid[..., :5])
+    cache = weakref.ref(state.cache)
+    del state
+    gc.collect()
+    assert cache() is None
