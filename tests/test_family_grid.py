@@ -11,9 +11,10 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from omni_adapter.backbone import Backbone
+from omni_adapter.backbone import Backbone, caches
 from omni_adapter.errors import BackboneError
 from tests.families import ALL_FAMILIES, POPULAR, build_family, build_fresh
 
@@ -48,6 +49,8 @@ INEXACT_PADDING = {
 REPLAYED = {"openai-gpt", "qwen4_exp", "qwen4_exp_text", "recurrent_gemma", "rwkv"}
 """Families that keep no state, keep it inside the model, or get cached batches wrong."""
 
+NO_FIXED_CACHE = REPLAYED | {"deepseek_v32", "minimax"}
+"""Families whose state is of a kind of its own, so that its memory cannot be fixed."""
 
 INFERENCE_ONLY = {"reformer"}
 """Families through which no gradient flows in evaluation mode."""
@@ -174,6 +177,106 @@ def check_rows_of_a_cache_can_be_selected(backbone: Backbone) -> None:
     assert_close(backbone(embeddings[:, 6:7], cache=first.cache).hidden, whole.hidden[:, 6:7])
 
 
+@torch.no_grad()
+def check_a_cache_of_fixed_size_gives_the_same_bits(backbone: Backbone) -> None:
+    embeddings = backbone.embed(sample_ids(2, 20))
+    fixed = backbone.new_cache(2, 20)
+    assert (fixed is None) == (backbone.lm.config.model_type in NO_FIXED_CACHE)
+    bound = backbone.cache_nbytes(2, 20)
+    if fixed is None:
+        assert bound is None
+        return
+    own, start = None, 0
+    for stop in (5, 6, 7, 8, 9, 10, 14, 15, 19, 20):  # past the windows, which are 8
+        new = embeddings[:, start:stop]
+        expected = backbone(new, cache=own, use_cache=True)
+        got = backbone(new, cache=fixed, use_cache=True)
+        assert torch.equal(got.logits, expected.logits)
+        assert torch.equal(got.hidden, expected.hidden)
+        own, fixed, start = expected.cache, got.cache, stop
+        assert fixed.nbytes <= bound
+    assert fixed.nbytes == bound
+    assert (fixed.capacity, fixed.steps) == (20, 20)
+
+
+class Seats:
+    """A batch with room for a few conversations, which come and go."""
+
+    def __init__(self, backbone: Backbone, *, rows: int, capacity: int) -> None:
+        self.backbone = backbone
+        empty = backbone.new_cache(rows, capacity)
+        assert empty is not None
+        self.cache = caches.keep_rows(empty, [])
+        self.mask = torch.zeros(0, 0, dtype=torch.long)
+        self.names: list[str] = []
+        self.hidden: dict[str, list[Tensor]] = {}
+
+    def admit(self, name: str, prompt: Tensor) -> None:
+        steps = prompt.shape[1]
+        read = self.backbone(prompt, cache=self.backbone.new_cache(1, steps), use_cache=True)
+        self.cache = caches.join(self.cache, read.cache)
+        columns = self.cache.steps
+        old = F.pad(self.mask, (columns - self.mask.shape[1], 0))
+        new = F.pad(self.mask.new_ones(1, steps), (columns - steps, 0))
+        self.mask = torch.cat((old, new))
+        self.names.append(name)
+        self.hidden[name] = [read.hidden]
+
+    def step(self, new: Tensor) -> None:
+        self.mask = torch.cat((self.mask, self.mask.new_ones(len(self.names), 1)), dim=1)
+        positions = self.mask.sum(dim=1, keepdim=True) - 1
+        output = self.backbone(
+            new, attention_mask=self.mask, position_ids=positions, cache=self.cache, use_cache=True
+        )
+        self.cache = output.cache
+        for name, hidden in zip(self.names, output.hidden, strict=True):
+            self.hidden[name].append(hidden[None])
+
+    def leave(self, name: str) -> None:
+        kept = [index for index, other in enumerate(self.names) if other != name]
+        self.names, self.mask = [self.names[index] for index in kept], self.mask[kept]
+        self.cache = caches.keep_rows(self.cache, kept)
+        empty = int((self.mask.sum(dim=0) == 0).long().cumprod(dim=0).sum())
+        self.cache, self.mask = caches.trim(self.cache, empty), self.mask[:, empty:]
+        assert self.cache.steps == self.mask.shape[1]
+
+
+@torch.no_grad()
+def check_conversations_that_come_and_go_equal_themselves_alone(backbone: Backbone) -> None:
+    if not backbone.padding_is_exact or backbone.cache_nbytes(1, 1) is None:
+        return
+    embeddings = dict(zip("abcd", backbone.embed(sample_ids(4, 30)).split(1), strict=True))
+    seats, read = Seats(backbone, rows=3, capacity=24), {}
+
+    def admit(name: str, steps: int) -> None:
+        seats.admit(name, embeddings[name][:, :steps])
+        read[name] = steps
+
+    def advance(steps: int) -> None:
+        for _ in range(steps):
+            seats.step(torch.cat([embeddings[name][:, read[name] : read[name] + 1] for name in seats.names]))
+            read.update({name: read[name] + 1 for name in seats.names})
+
+    admit("a", 5)
+    advance(3)
+    admit("b", 12)
+    advance(2)
+    admit("c", 3)
+    advance(3)
+    seats.leave("a")
+    advance(1)
+    admit("d", 4)
+    advance(2)
+    seats.leave("b")
+    advance(3)
+    seats.leave("d")
+    advance(1)
+    assert seats.cache.steps == read["c"]  # no columns but its own
+    assert seats.cache.nbytes <= backbone.cache_nbytes(3, 24)
+    for name, steps in read.items():
+        assert_close(torch.cat(seats.hidden[name], dim=1), backbone(embeddings[name][:, :steps]).hidden)
+
+
 def check_gradient_reaches_the_embeddings(backbone: Backbone) -> None:
     embeddings = backbone.embed(sample_ids(1, 5)).detach().requires_grad_()
     if backbone.lm.config.model_type in INFERENCE_ONLY:
@@ -193,6 +296,8 @@ CHECKS = (
     check_cached_steps_equal_the_full_pass,
     check_padded_rows_equal_single_ones,
     check_rows_of_a_cache_can_be_selected,
+    check_a_cache_of_fixed_size_gives_the_same_bits,
+    check_conversations_that_come_and_go_equal_themselves_alone,
     check_gradient_reaches_the_embeddings,
 )
 """What every family that wraps must pass; none of them may change the model."""

@@ -102,6 +102,10 @@ def attention_bias(attention_mask: Tensor | None, *, steps: int, past: int) -> T
     """
     if attention_mask is None or attention_mask.dim() == 4:
         return attention_mask
+    if steps == 1:
+        visible = attention_mask.clone().bool()[:, None, None]
+        visible[..., -1] = True
+        return visible
     device = attention_mask.device
     query = torch.arange(past, past + steps, device=device)[:, None]
     key = torch.arange(past + steps, device=device)[None]
@@ -237,7 +241,7 @@ class TtsBlocks(nn.Module):
 
         Args:
             hidden: states of the LM, [B, S, D].
-            attention_mask: as for ``attention_bias``.
+            attention_mask: as for ``attention_bias``; columns from before the cache's first are dropped.
             position_ids: [B, S]; None counts from the cache's length.
             cache: keys and values of earlier steps; these steps are added to it.
         """
@@ -246,6 +250,8 @@ class TtsBlocks(nn.Module):
         past, steps = (cache.length if cache else 0), hidden.shape[1]
         if position_ids is None:
             position_ids = torch.arange(past, past + steps, device=hidden.device)[None]
+        if attention_mask is not None and attention_mask.dim() == 2:
+            attention_mask = attention_mask[:, -(past + steps) :]
         rotation = _rotation(position_ids, self.head_width, self.rope_theta, hidden.dtype)
         bias = attention_bias(attention_mask, steps=steps, past=past)
         if bias is None and past and steps > 1:

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from omni_adapter.config import TtsConfig
-from omni_adapter.errors import ConfigError
+from omni_adapter.errors import ConfigError, ContextOverflowError
 from omni_adapter.modules.tts_blocks import TtsBlocks, TtsCache
 
 WIDTH = 32
@@ -56,6 +56,62 @@ def test_rows_of_the_cache_can_be_repeated_and_dropped():
     cache.select_rows(torch.tensor([2, 0, 2]))
     after = tts(hidden[[2, 0, 2], 5:], cache=cache)
     torch.testing.assert_close(after, tts(hidden[[2, 0, 2]])[:, 5:], rtol=0, atol=1e-12)
+
+
+def test_a_cache_of_fixed_size_gives_the_same_bits_and_takes_its_memory_once():
+    tts, hidden = blocks(), states(2, 9)
+    fixed, growing = TtsCache(capacity=9, rows=2), TtsCache()
+    for index, piece in enumerate(hidden.split([4, 1, 1, 2, 1], dim=1)):
+        assert torch.equal(tts(piece, cache=fixed), tts(piece, cache=growing))
+        assert fixed.nbytes == 2 * 2 * 2 * 2 * 9 * 8 * 8, (
+            index
+        )  # blocks, k and v, rows, heads, steps, width, bytes
+    with pytest.raises(ContextOverflowError, match="made for 9 steps"):
+        tts(hidden[:, :1], cache=fixed)
+
+
+@pytest.mark.parametrize("late", [2, 6])
+def test_rows_that_join_later_equal_themselves_alone(late):
+    """Fewer or more steps than the batch has by then; a row leaves, and its place is taken."""
+    tts, hidden = blocks(), states(3, 10)
+    batch, mask = TtsCache(capacity=12, rows=2), torch.ones(2, 3, dtype=torch.long)
+    tts(hidden[:2, :3], cache=batch)
+    with torch.no_grad():
+        for buffer in (*batch.keys, *batch.values):
+            buffer._storage[1].fill_(torch.nan)  # the leaving row's place must not be read again
+            buffer._storage[:, :, 3:] = torch.nan
+    batch.select_rows(torch.tensor([0]))
+    newcomer = TtsCache(capacity=late)
+    tts(hidden[2:, :late], cache=newcomer)
+    batch.join(newcomer)
+    columns = max(3, late)
+    assert batch.length == columns
+    mask = torch.zeros(2, columns, dtype=torch.long)
+    for row, steps in enumerate((3, late)):
+        mask[row, columns - steps :] = 1
+    for step in range(2):
+        mask = torch.cat((mask, mask.new_ones(2, 1)), dim=1)
+        new = torch.cat((hidden[:1, 3 + step :][:, :1], hidden[2:, late + step :][:, :1]))
+        after = tts(new, attention_mask=mask, position_ids=mask.sum(1, keepdim=True) - 1, cache=batch)
+        torch.testing.assert_close(after[0], tts(hidden[:1])[0, 3 + step : 4 + step], rtol=0, atol=1e-12)
+        torch.testing.assert_close(
+            after[1], tts(hidden[2:])[0, late + step : late + step + 1], rtol=0, atol=1e-12
+        )
+
+
+def test_columns_that_no_row_needs_are_forgotten():
+    """Once the longest row has left, the columns in front hold only padding; the mask may still have them."""
+    tts, hidden = blocks(), states(2, 10)
+    batch, late = TtsCache(capacity=10), TtsCache(capacity=2)
+    tts(hidden[:1, :6], cache=batch)
+    tts(hidden[1:, :2], cache=late)
+    batch.join(late)
+    batch.select_rows(torch.tensor([1]))
+    batch.trim(4)
+    assert (batch.length, batch.keys[0].steps) == (2, 2)
+    mask, positions = torch.tensor([[0, 0, 0, 0, 1, 1, 1]]), torch.tensor([[2]])
+    after = tts(hidden[1:, 2:3], attention_mask=mask, position_ids=positions, cache=batch)
+    torch.testing.assert_close(after, tts(hidden[1:])[:, 2:3], rtol=0, atol=1e-12)
 
 
 def test_identity_init_only_normalises():
