@@ -22,22 +22,21 @@ from omni_adapter.audio.waveform import AudioSource
 from omni_adapter.backbone import Backbone, take_adapter
 from omni_adapter.config import OmniConfig, dump, parse
 from omni_adapter.data.layout import get_task
-from omni_adapter.data.processor import Message, OmniProcessor, find_text_end_ids, tokenizer_fingerprint
+from omni_adapter.data.processor import (
+    Message,
+    OmniProcessor,
+    find_text_end_ids,
+    task_of,
+    tokenizer_fingerprint,
+)
 from omni_adapter.errors import CheckpointError, ConfigError, PromptError
 from omni_adapter.generation.generator import Decoder, GenerationSettings
 from omni_adapter.generation.streaming import Chunk, Rendering, Reply, stream_chunks
 from omni_adapter.model import ADDED_GROUPS, OmniModel
 from omni_adapter.model_card import CardFacts
+from omni_adapter.session import HearingMode, Session, SessionSettings
 
 logger = logging.getLogger(__name__)
-
-_TASK_OF = {
-    (True, True): "speech_to_speech",
-    (True, False): "speech_to_text",
-    (False, True): "text_to_speech",
-    (False, False): "text_to_text",
-}
-"""Task by whether the prompt has a recording and whether the reply is spoken."""
 
 EXPORT_FORMS = ("merged", "peft")
 """What becomes of LoRA when a whole talker is exported."""
@@ -103,7 +102,7 @@ class OmniAdapter:
                 an adapter of PEFT to put onto the base, which stays beside its weights and never learns, so
                 that text comes out as PEFT has it, or with ``merge_base_adapter`` is added to them; and any
                 other key of :class:`OmniConfig`: ``audio_adapter``, ``tts``, ``delay``, ``encoder_padding``,
-                ``prompt_format``, ``text_marks``, ``code_rule``.
+                ``encoder_block_seconds``, ``prompt_format``, ``text_marks``, ``code_rule``.
 
         Raises:
             BackboneError: if the base lacks something that hearing or speaking needs; the message names it.
@@ -315,7 +314,7 @@ class OmniAdapter:
         if not conversations:
             raise PromptError("no conversations; pass at least one")
         chosen = _settings(settings, options)
-        names = {task or _task_of(messages, speak=speak) for messages in conversations}
+        names = {task or task_of(messages, speak=speak) for messages in conversations}
         if len(names) > 1:
             raise PromptError(
                 f"conversations of one call share a task, got {', '.join(sorted(names))}; "
@@ -364,6 +363,51 @@ class OmniAdapter:
         for index, chunk in self.stream_many(conversations, **options):
             chunks[index].append(chunk)
         return [Reply.collect(parts) for parts in chunks]
+
+    def session(
+        self,
+        *,
+        system: str | None = None,
+        messages: Sequence[Message] = (),
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        speak: bool = True,
+        hearing: HearingMode = "exact",
+        block_seconds: float = 1.0,
+        settings: GenerationSettings | None = None,
+        **options: Any,
+    ) -> Session:
+        """Open a conversation that is heard while it is spoken: ``append_audio``, ``reply``, and so on.
+
+        Args:
+            system: a system prompt.
+            messages: turns that were before, instead of ``system``.
+            tools: handed on to the chat template.
+            speak: answer in speech and text; otherwise in text only.
+            hearing: ``exact`` gives the replies of :meth:`stream`: questions are encoded while they are
+                spoken if the talker was made with ``encoder_block_seconds``, else at their end. ``blocks``
+                encodes them while they are spoken in any case; for a talker made without, that is an
+                approximation (see ``omni_adapter.hearing.measure_hearing_error``).
+            block_seconds: length of a block with ``blocks``, where the talker has none of its own.
+            settings: how to decode.
+            **options: single fields of :class:`GenerationSettings`.
+
+        Raises:
+            ConfigError: if the talker cannot hear so.
+            PromptError: if the messages do not fit the base's chat template.
+        """
+        if system is not None:
+            if messages:
+                raise PromptError("pass either messages= or system=")
+            messages = [{"role": "system", "content": system}]
+        return Session(
+            self.model,
+            processor=self.processor,
+            codec=self.codec,
+            settings=SessionSettings(
+                speak, tools, hearing, block_seconds, generation=_settings(settings, options)
+            ),
+            messages=messages,
+        )
 
     def transcribe(self, audio: AudioSource, **options: Any) -> Reply:
         """Write down what was said. ``options`` are fields of :class:`GenerationSettings`."""
@@ -534,17 +578,6 @@ def _conversation(
         parts.append({"type": "text", "text": text})
     turns: list[Message] = [{"role": "system", "content": system}] if system is not None else []
     return [*turns, {"role": "user", "content": parts}]
-
-
-def _task_of(messages: Sequence[Message], *, speak: bool) -> str:
-    hears = any(
-        part.get("type") == "audio"
-        for message in messages
-        if not isinstance(message.get("content"), str)
-        for part in message.get("content") or ()
-        if isinstance(part, Mapping)
-    )
-    return _TASK_OF[hears, speak]
 
 
 def _last_text(messages: Sequence[Message]) -> str:

@@ -1,7 +1,8 @@
 """Read recordings of any kind into one form, and write wav files while they grow.
 
-File, bytes, file object or array -> waveform [N], float32 in -1..1, mono, at the rate that is asked for.
-Decodes in blocks, so that what a header claims is never allocated. Knows nothing of features or codes.
+File, bytes, file object or array -> waveform [N], float32 in -1..1, mono, at the rate that is asked for; or
+pieces of sound as they come -> pieces of that waveform. Decodes in blocks, so that what a header claims is
+never allocated. Knows nothing of features or codes.
 """
 
 import io
@@ -85,19 +86,110 @@ def read_waveform(
         )
         waveform, levels = _decode(recording, sampling_rate, max_seconds, channel=levels.loudest)
     if levels.peak > _MAX_PEAK:
-        raise AudioError(
-            f"{recording.name}: samples reach {levels.peak:.3g}, expected -1..1; divide by their full scale",
-            reason="out_of_range",
-        )
+        raise _out_of_range(recording.name, levels.peak)
     if levels.peak > 1.0:
         logger.warning("%s: samples reach %.3g; scaled down to -1..1", recording.name, levels.peak)
         waveform = waveform / levels.peak
     if levels.peak < _SILENT_PEAK and not allow_silent:
-        raise AudioError(
-            f"{recording.name} is silent: no sample above {_SILENT_PEAK}; check the microphone or the file",
-            reason="silent",
-        )
+        raise _silent(recording.name)
     return torch.from_numpy(waveform).clamp_(-1.0, 1.0)
+
+
+class WaveformStream:
+    """A recording that is still growing: pieces of sound in, pieces of its waveform out.
+
+    Joined, they are what :func:`read_waveform` makes of the whole, but for what needs the whole: samples
+    louder than 1 are clipped, not scaled down, and channels are mixed even if they cancel each other.
+
+    Args:
+        sampling_rate: rate of the waveform, Hz.
+        max_seconds: longest recording.
+
+    Attributes:
+        num_samples: samples that came in, of each channel.
+        peak: largest of their sizes.
+    """
+
+    def __init__(self, *, sampling_rate: int, max_seconds: float = DEFAULT_MAX_SECONDS) -> None:
+        self.sampling_rate, self.max_seconds = sampling_rate, max_seconds
+        self.num_samples, self.peak = 0, 0.0
+        self._rate: int | None = None
+        self._resampler: Any = None
+        self._byte = b""  # half of a sample
+        self._is_over = False
+
+    @property
+    def duration_s(self) -> float:
+        """Length of what came in, seconds."""
+        return self.num_samples / self._rate if self._rate else 0.0
+
+    def append(self, samples: Samples | Tensor | bytes, *, sampling_rate: int) -> Tensor:
+        """Take the next piece, and return the samples of the waveform that it makes final.
+
+        Args:
+            samples: floats in -1..1, or integers in the range of their type, [n] or [n, channels]; or bytes
+                of 16-bit little-endian mono PCM, cut anywhere.
+            sampling_rate: of the samples, Hz; the same for every piece.
+
+        Returns:
+            float32 samples in -1..1, mono, at the waveform's rate, [m]; a resampler lags behind.
+
+        Raises:
+            AudioError: with ``reason`` one of ``wrong_type``, ``bad_rate``, ``too_long``, ``not_finite``,
+                ``out_of_range``, ``over``; the stream is then as it was before.
+        """
+        if self._is_over:
+            raise AudioError("the recording is over; begin a new one", reason="over")
+        rate = _checked_rate(sampling_rate)
+        if self._rate not in (None, rate):
+            raise AudioError(
+                f"pieces of a recording share a sampling rate, it began at {self._rate} Hz, got {rate} Hz",
+                reason="bad_rate",
+            )
+        held = b""
+        if isinstance(samples, bytes | bytearray | memoryview):
+            pcm = self._byte + bytes(samples)
+            whole = len(pcm) // 2 * 2
+            samples, held = np.frombuffer(pcm[:whole], dtype="<i2"), pcm[whole:]
+        block = _piece(samples)  # [n, channels]
+        peak = float(np.abs(block).max()) if len(block) else 0.0
+        self._check(block, rate, peak)
+        if peak > 1.0 >= self.peak:
+            logger.warning("the recording reaches %.3g; clipped to -1..1", peak)
+        self.num_samples, self.peak = self.num_samples + len(block), max(self.peak, peak)
+        if self._rate is None and rate != self.sampling_rate:
+            self._resampler = soxr.ResampleStream(rate, self.sampling_rate, 1, dtype="float32")
+        self._rate, self._byte = rate, held
+        return self._resampled(block.mean(axis=1, dtype=np.float32), last=False)
+
+    def finish(self, *, allow_silent: bool = False) -> Tensor:
+        """End the recording, and return the rest of its waveform, [m].
+
+        Raises:
+            AudioError: if nothing came in, or no sound (``empty``, ``silent``).
+        """
+        if self.num_samples == 0:
+            raise AudioError("the recording is empty: no samples came", reason="empty")
+        if self.peak < _SILENT_PEAK and not allow_silent:
+            raise _silent("the recording")
+        self._is_over = True
+        return self._resampled(np.zeros(0, dtype=np.float32), last=True)
+
+    def _check(self, block: Samples, rate: int, peak: float) -> None:
+        if not np.isfinite(block).all():
+            raise AudioError(
+                f"the recording holds NaN or infinity after {self.duration_s:.1f} s; clean it first",
+                reason="not_finite",
+            )
+        if peak > _MAX_PEAK:
+            raise _out_of_range("the recording", peak)
+        if self.num_samples + len(block) > self.max_seconds * rate:
+            raise _too_long("the recording", (self.num_samples + len(block)) / rate, self.max_seconds)
+
+    def _resampled(self, mix: Samples, *, last: bool) -> Tensor:
+        if self._resampler is not None and (len(mix) or last):
+            mix = self._resampler.resample_chunk(mix, last=last)
+        return torch.from_numpy(mix).clamp_(-1.0, 1.0)
 
 
 def write_wav(
@@ -271,11 +363,7 @@ def _open(source: AudioSource, array_rate: int | None, max_seconds: float) -> _R
 def _open_array(samples: Samples | Tensor, rate: Any) -> _Recording:
     if isinstance(samples, Tensor):
         samples = (samples.float() if samples.is_floating_point() else samples).detach().cpu().numpy()
-    if isinstance(rate, bool) or not isinstance(rate, int | np.integer) or not _MIN_RATE <= rate <= _MAX_RATE:
-        raise AudioError(
-            f"a sampling rate is a whole number from {_MIN_RATE} to {_MAX_RATE} Hz, got {rate!r}",
-            reason="bad_rate",
-        )
+    rate = _checked_rate(rate)
     channels_last = samples[:, None] if samples.ndim == 1 else samples
     if channels_last.ndim == 2 and 0 < channels_last.shape[0] < channels_last.shape[1]:
         channels_last = channels_last.T
@@ -285,7 +373,33 @@ def _open_array(samples: Samples | Tensor, rate: Any) -> _Recording:
             reason="wrong_type",
         )
     scaled = _to_unit_range(channels_last)
-    return _Recording("the array", int(rate), lambda: _blocks_of_array(scaled))
+    return _Recording("the array", rate, lambda: _blocks_of_array(scaled))
+
+
+def _checked_rate(rate: Any) -> int:
+    if isinstance(rate, bool) or not isinstance(rate, int | np.integer) or not _MIN_RATE <= rate <= _MAX_RATE:
+        raise AudioError(
+            f"a sampling rate is a whole number from {_MIN_RATE} to {_MAX_RATE} Hz, got {rate!r}",
+            reason="bad_rate",
+        )
+    return int(rate)
+
+
+def _piece(samples: Any) -> Samples:
+    """A piece of sound as floats, [n, channels]."""
+    if isinstance(samples, Tensor):
+        samples = (samples.float() if samples.is_floating_point() else samples).detach().cpu().numpy()
+    if not isinstance(samples, np.ndarray):
+        raise AudioError(
+            f"a piece of sound is an array, a tensor or bytes of 16-bit PCM, got {type(samples).__name__}",
+            reason="wrong_type",
+        )
+    if samples.ndim not in (1, 2) or (samples.ndim == 2 and not 0 < samples.shape[1] <= _MAX_ARRAY_CHANNELS):
+        raise AudioError(
+            f"a piece of sound has the shape [n] or [n, channels], got {list(samples.shape)}",
+            reason="wrong_type",
+        )
+    return _to_unit_range(samples[:, None] if samples.ndim == 1 else samples)
 
 
 def _to_unit_range(samples: Samples) -> Samples:
@@ -397,6 +511,18 @@ def _too_long(name: str, seconds: float, max_seconds: float) -> AudioError:
         f"{name} is at least {seconds:.0f} s long, at most {max_seconds:.0f} s are read; "
         "cut it, or raise max_seconds",
         reason="too_long",
+    )
+
+
+def _out_of_range(name: str, peak: float) -> AudioError:
+    return AudioError(
+        f"{name}: samples reach {peak:.3g}, expected -1..1; divide by their full scale", reason="out_of_range"
+    )
+
+
+def _silent(name: str) -> AudioError:
+    return AudioError(
+        f"{name} is silent: no sample above {_SILENT_PEAK}; check the microphone or the file", reason="silent"
     )
 
 

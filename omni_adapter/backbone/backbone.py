@@ -63,6 +63,7 @@ class Backbone(Runner):
         self._beside: Lora | None = None
         self._carried: Carried | None = None
         self._plan_found: tuple[tuple[torch.device, torch.dtype], CachePlan | None] | None = None
+        self._is_settled = False
         with torch.no_grad():
             self.width: int = probes.sample(self, steps=1).shape[-1]
         self.vocab_size = inspection.vocab_size(lm)
@@ -167,9 +168,23 @@ class Backbone(Runner):
         """How caches of fixed size are made, found anew when the LM changed its place or type."""
         key = (self.device, self.dtype)
         if self._plan_found is None or self._plan_found[0] != key:
-            plan = None if self.replays else probes.find_cache_plan(self)
+            if self._is_settled and self._plan_found is not None:
+                plan = probes.read_cache_plan(self) if self._plan_found[1] else None
+            else:
+                plan = None if self.replays else probes.find_cache_plan(self)
             self._plan_found = key, plan
         return self._plan_found[1]
+
+    def settle(self) -> None:
+        """Find out now what decoding asks for, and keep the answers.
+
+        Coarser weights would blur them: results that are equal by construction then differ by more than
+        rounding.
+        """
+        facts = (self.hidden_width, self.embedding_rms, self.padding_is_exact, self._chunks_are_exact)
+        plan = self._cache_plan
+        self._is_settled = True
+        logger.debug("%s: %s, fixed cache: %s", class_name(self.lm), facts, plan is not None)
 
     def tap_final_norm(self) -> None:
         """Let every pass from now on also return what enters the LM's final norm, as ``tapped``.
@@ -259,6 +274,11 @@ class Backbone(Runner):
     def _body(self) -> projection.Body:
         """The module whose last hidden state enters the head."""
         return projection.find_body(self)
+
+    @property
+    def reads_in_pieces(self) -> bool:
+        """Whether a prompt can be read piece by piece at about the cost of reading it at once."""
+        return not self.replays and self._chunks_are_exact
 
     @cached_property
     def _chunks_are_exact(self) -> bool:

@@ -1,14 +1,16 @@
 """Turn messages and recordings into prompts, under the base LM's own chat template.
 
-Messages in, samples out: text ids, marks and features, laid out on the grid. Knows nothing of models.
+Messages in, samples out: text ids, marks and features, laid out on the grid; or what stands before and after
+a recording that is still being spoken. Knows nothing of models.
 """
 
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Final, NamedTuple, Self
 
+import torch
 from jinja2.exceptions import TemplateError
 from torch import Tensor
 
@@ -17,7 +19,15 @@ from omni_adapter.audio.features import LogMel
 from omni_adapter.audio.waveform import AudioSource, read_waveform
 from omni_adapter.config import OmniConfig
 from omni_adapter.data.collator import Sample
-from omni_adapter.data.layout import Answer, AudioSegment, GridRules, TextSegment, get_task, lay_out
+from omni_adapter.data.layout import (
+    Answer,
+    AudioSegment,
+    AudioSpan,
+    GridRules,
+    TextSegment,
+    get_task,
+    lay_out,
+)
 from omni_adapter.errors import PromptError
 
 PLAIN_TEMPLATE = (
@@ -34,6 +44,44 @@ SLAM_SYSTEM: Mapping[str, str] = {
 """What checkpoints of SLAM-Omni were told in training, by task; the others are told the last."""
 
 Message = Mapping[str, Any]
+
+_TASK_OF = {
+    (True, True): "speech_to_speech",
+    (True, False): "speech_to_text",
+    (False, True): "text_to_speech",
+    (False, False): "text_to_text",
+}
+"""Task by whether the prompt has a recording and whether the reply is spoken."""
+
+
+class BeingSpoken:
+    """Stands in a message for a recording that is not over yet; see :meth:`OmniProcessor.open`."""
+
+
+BEING_SPOKEN: Final = BeingSpoken()
+
+
+class OpenPrompt(NamedTuple):
+    """A prompt around a recording of unknown length.
+
+    Attributes:
+        head: what stands before the recording, int64 [K + 1, H].
+        step: each step of the recording, [K + 1, 1].
+        tail: what stands after it, [K + 1, T].
+        spans: where the recordings of earlier turns go, all in the head.
+        recordings: what is heard there.
+    """
+
+    head: Tensor
+    step: Tensor
+    tail: Tensor
+    spans: tuple[AudioSpan, ...]
+    recordings: tuple[Recording, ...]
+
+    def close(self, num_steps: int) -> tuple[Tensor, tuple[AudioSpan, ...]]:
+        """Return grid [K + 1, S] and spans of the prompt once its recording takes ``num_steps`` steps."""
+        grid = torch.cat((self.head, self.step.expand(-1, num_steps), self.tail), dim=1)
+        return grid, (*self.spans, AudioSpan(self.head.shape[1], num_steps))
 
 
 class OmniProcessor:
@@ -82,6 +130,39 @@ class OmniProcessor:
             PromptError: if the messages do not fit the task or the chat template.
             AudioError: if a recording cannot be used.
         """
+        segments, sounds = self._segments(messages, task=task, tools=tools)
+        if any(isinstance(sound, BeingSpoken) for sound in sounds):
+            raise PromptError("a recording of this prompt is still being spoken; lay it out with open()")
+        layout = lay_out(segments, task=task, rules=self.rules, answer=answer)
+        return Sample(layout, self._recordings(sounds))
+
+    def open(
+        self, messages: Sequence[Message], *, task: str, tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> OpenPrompt:
+        """Lay out a conversation whose last recording is still being spoken.
+
+        Args:
+            messages: as for ``__call__``; the source of the last recording is ``BEING_SPOKEN``.
+            task: likewise; one that hears.
+            tools: handed on to the chat template.
+
+        Raises:
+            PromptError: if the messages do not fit the task or the chat template, or another recording is
+                being spoken.
+        """
+        segments, sounds = self._segments(messages, task=task, tools=tools)
+        if [isinstance(sound, BeingSpoken) for sound in sounds] != [False] * (len(sounds) - 1) + [True]:
+            raise PromptError("an open prompt needs one recording that is being spoken, the last of all")
+        layout = lay_out(segments, task=task, rules=self.rules)
+        *spans, (start, length) = layout.spans
+        assert length == 1
+        head, step, tail = layout.grid.split((start, 1, layout.grid.shape[1] - start - 1), dim=1)
+        return OpenPrompt(head, step, tail, tuple(spans), self._recordings(sounds[:-1]))
+
+    def _segments(
+        self, messages: Sequence[Message], *, task: str, tools: Sequence[Mapping[str, Any]] | None
+    ) -> tuple[list[TextSegment | AudioSegment], list[Tensor | Frames | BeingSpoken]]:
+        """The prompt's segments under the conventions of a task, and what is heard."""
         spec = get_task(task)
         if spec.text_given and not self.rules.text_marks:
             # The text is the answer. Shown in the prompt too, it would teach a voice that looks ahead, which
@@ -94,18 +175,20 @@ class OmniProcessor:
             raise PromptError(
                 f'the task {task!r} hears, but no message has a part {{"type": "audio", "audio": …}}'
             )
-        layout = lay_out(segments, task=task, rules=self.rules, answer=answer)
-        recordings = tuple(self._features(sound) for sound in sounds)
-        return Sample(layout, recordings)
+        return segments, sounds
+
+    def _recordings(self, sounds: Sequence[Tensor | Frames | BeingSpoken]) -> tuple[Recording, ...]:
+        return tuple(self._features(sound) for sound in sounds if not isinstance(sound, BeingSpoken))
 
     def apply_chat_template(
         self, messages: Sequence[Message], *, tools: Sequence[Mapping[str, Any]] | None = None
-    ) -> tuple[list[TextSegment | AudioSegment], list[Tensor | Frames]]:
+    ) -> tuple[list[TextSegment | AudioSegment], list[Tensor | Frames | BeingSpoken]]:
         """Render messages with the base's chat template, up to where the assistant answers.
 
         Returns:
             The prompt's segments in order, and the waveforms [N] of its recordings, mono at the encoder's
-            rate; frames that were encoded before stay as they are.
+            rate; frames that were encoded before stay as they are. A recording that is being spoken takes
+            one step.
 
         Raises:
             PromptError: if the template refuses the messages or drops a recording.
@@ -113,7 +196,7 @@ class OmniProcessor:
         if not messages:
             raise PromptError("no messages; pass at least one user turn")
         placeholder = _placeholder(messages)
-        sources: list[AudioSource | Frames] = []
+        sources: list[AudioSource | Frames | BeingSpoken] = []
         flat = [_flatten(message, sources, placeholder) for message in messages]
         texts = self._render(flat, tools=tools)
         kept = sum(text.count(placeholder) for text in texts)
@@ -162,7 +245,9 @@ class OmniProcessor:
         seconds = self.config.encoder_block_seconds
         return None if seconds is None else round(seconds * self.log_mel.frame_rate_hz)
 
-    def _read(self, source: AudioSource | Frames) -> Tensor | Frames:
+    def _read(self, source: AudioSource | Frames | BeingSpoken) -> Tensor | Frames | BeingSpoken:
+        if isinstance(source, BeingSpoken):
+            return source
         if not isinstance(source, Frames):
             return read_waveform(source, sampling_rate=self.log_mel.sampling_rate)
         own = self.encoder_mark
@@ -173,7 +258,9 @@ class OmniProcessor:
             )
         return source
 
-    def _steps_of(self, sound: Tensor | Frames) -> int:
+    def _steps_of(self, sound: Tensor | Frames | BeingSpoken) -> int:
+        if isinstance(sound, BeingSpoken):
+            return 1
         if isinstance(sound, Frames):
             return -(-sound.values.shape[0] // self.config.audio_adapter.stack)
         return self.num_steps(sound.shape[-1])
@@ -194,6 +281,23 @@ class OmniProcessor:
         if self.rules.text_marks:
             return ["".join(message["content"] for message in messages)]
         return [render_chat(self.tokenizer, messages, tools=tools, add_generation_prompt=True)]
+
+
+def task_of(messages: Sequence[Message], *, speak: bool) -> str:
+    """Return the task of answering ``messages``, by whether there is a recording in them.
+
+    Args:
+        messages: as for :class:`OmniProcessor`.
+        speak: answer in speech and text; otherwise in text only.
+    """
+    hears = any(
+        part.get("type") == "audio"
+        for message in messages
+        if not isinstance(message.get("content"), str)
+        for part in message.get("content") or ()
+        if isinstance(part, Mapping)
+    )
+    return _TASK_OF[hears, speak]
 
 
 def render_chat(
@@ -301,7 +405,9 @@ def _placeholder(messages: Sequence[Message]) -> str:
     return word
 
 
-def _flatten(message: Message, sources: list[AudioSource | Frames], placeholder: str) -> dict[str, Any]:
+def _flatten(
+    message: Message, sources: list[AudioSource | Frames | BeingSpoken], placeholder: str
+) -> dict[str, Any]:
     """One message with plain text as its content; its recordings are appended to ``sources``."""
     if "role" not in message or ("content" not in message and "tool_calls" not in message):
         raise PromptError(f"a message needs 'role' and 'content', got {sorted(message)}")

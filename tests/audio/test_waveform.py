@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from omni_adapter.audio.waveform import WavWriter, read_waveform, write_wav
+from omni_adapter.audio.waveform import WaveformStream, WavWriter, read_waveform, write_wav
 from omni_adapter.errors import AudioError
 
 RATE = 16000
@@ -295,3 +295,83 @@ class TestWriting:
                 wav.write(np.array([np.nan]))
             with pytest.raises(AudioError, match=r"floats of the shape \[n\], got int64"):
                 wav.write(np.zeros((2, 2), dtype=np.int64))
+
+
+# --- a recording that still grows ---
+
+
+def streamed(samples, rate, sizes, *, sampling_rate=16000):
+    stream = WaveformStream(sampling_rate=sampling_rate)
+    parts, start = [], 0
+    for size in sizes:
+        parts.append(stream.append(samples[start : start + size], sampling_rate=rate))
+        start += size
+    parts.append(stream.append(samples[start:], sampling_rate=rate))
+    return torch.cat([*parts, stream.finish()])
+
+
+@pytest.mark.parametrize("rate", [8000, 16000, 22050, 44100])
+@pytest.mark.parametrize("sizes", [[], [1] * 50, [441, 0, 3000, 17]])
+def test_streamed_equals_read(rate, sizes):
+    samples = (0.3 * np.random.default_rng(0).standard_normal((rate // 2, 2))).astype(np.float32)
+    samples = samples.clip(-1, 1)
+    expected = read_waveform((samples, rate), sampling_rate=16000)
+    torch.testing.assert_close(streamed(samples, rate, sizes), expected, rtol=0, atol=1e-6)
+
+
+def test_streamed_bytes_may_be_cut_anywhere():
+    samples = (3000 * np.sin(np.arange(2000))).astype(np.int16)
+    pcm = samples.tobytes()
+    expected = read_waveform((samples, 16000), sampling_rate=16000)
+    for sizes in ([3, 1, 7, 500], [1] * 9):
+        assert torch.equal(streamed(pcm, 16000, sizes), expected)
+
+
+def test_streamed_loud_samples_are_clipped_with_one_warning(caplog):
+    stream = WaveformStream(sampling_rate=16000)
+    for _ in range(2):
+        assert stream.append(np.array([0.5, 1.5]), sampling_rate=16000).tolist() == [0.5, 1.0]
+    assert [record.getMessage() for record in caplog.records] == [
+        "the recording reaches 1.5; clipped to -1..1"
+    ]
+    assert stream.duration_s == 4 / 16000
+
+
+@pytest.mark.parametrize(
+    ("samples", "rate", "reason", "message"),
+    [
+        (np.zeros(4), 8000, "bad_rate", "it began at 16000 Hz, got 8000 Hz"),
+        (np.zeros(4), 0, "bad_rate", "whole number from 1000 to 1000000 Hz, got 0"),
+        (np.zeros((2, 3, 4)), 16000, "wrong_type", r"\[n\] or \[n, channels\], got \[2, 3, 4\]"),
+        ([0.0], 16000, "wrong_type", "an array, a tensor or bytes of 16-bit PCM, got list"),
+        (np.zeros(4, dtype=complex), 16000, "wrong_type", "floats or integers, got complex128"),
+        (np.array([0.0, np.nan]), 16000, "not_finite", "NaN or infinity after 0.2 s"),
+        (np.array([0.0, 300.0]), 16000, "out_of_range", "samples reach 300"),
+        (np.zeros(17000), 16000, "too_long", "at least 1 s long, at most 1 s are read"),
+    ],
+)
+def test_a_bad_piece_leaves_the_stream_as_it_was(samples, rate, reason, message):
+    stream = WaveformStream(sampling_rate=8000, max_seconds=1)
+    good = (0.1 * np.random.default_rng(0).standard_normal(3000)).astype(np.float32)
+    first = stream.append(good, sampling_rate=16000)
+    with pytest.raises(AudioError, match=message) as caught:
+        stream.append(samples, sampling_rate=rate)
+    assert caught.value.reason == reason
+    rest = stream.append(good, sampling_rate=16000)
+    whole = read_waveform((np.concatenate((good, good)), 16000), sampling_rate=8000)
+    torch.testing.assert_close(torch.cat((first, rest, stream.finish())), whole, rtol=0, atol=1e-6)
+
+
+def test_a_stream_of_nothing_and_one_that_is_over():
+    with pytest.raises(AudioError, match="no samples came") as caught:
+        WaveformStream(sampling_rate=16000).finish()
+    assert caught.value.reason == "empty"
+    stream = WaveformStream(sampling_rate=16000)
+    stream.append(np.zeros(100), sampling_rate=16000)
+    with pytest.raises(AudioError, match="the recording is silent") as caught:
+        stream.finish()
+    assert caught.value.reason == "silent"
+    stream.finish(allow_silent=True)
+    with pytest.raises(AudioError, match="is over; begin a new one") as caught:
+        stream.append(np.zeros(100), sampling_rate=16000)
+    assert caught.value.reason == "over"

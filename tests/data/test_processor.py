@@ -1,11 +1,13 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
 from examples.untrained_talker import make_tokenizer
 from omni_adapter.config import AudioAdapterConfig
 from omni_adapter.data.layout import AudioSegment, TextSegment
 from omni_adapter.data.processor import (
+    BEING_SPOKEN,
     OmniProcessor,
     find_text_end_ids,
     render_chat,
@@ -189,3 +191,72 @@ def test_broken_recordings_are_named(talker, tmp_path):
     path = tmp_path / "not-there.wav"
     with pytest.raises(AudioError, match=r"not-there\.wav"):
         talker.processor([{"role": "user", "content": [{"type": "audio", "audio": path}]}], task="asr")
+
+
+# --- a recording that is still being spoken ---
+
+
+def asked(source, *, before="", after="", earlier=()):
+    texts = [{"type": "text", "text": text} for text in (before, after)]
+    parts = [
+        *(texts[:1] if before else []),
+        {"type": "audio", "audio": source},
+        *(texts[1:] if after else []),
+    ]
+    return [*earlier, {"role": "user", "content": parts}]
+
+
+@pytest.mark.parametrize("marks", [True, False])
+@pytest.mark.parametrize(("before", "after"), [("", ""), ("Listen: ", ""), ("", " and answer")])
+def test_an_open_prompt_closes_to_the_whole_one(talker, question, marks, before, after):
+    processor = OmniProcessor(
+        talker.tokenizer, talker.processor.log_mel, config=replace(talker.config, recording_marks=marks)
+    )
+    earlier = (*asked(question), {"role": "assistant", "content": "Paris."})
+    for task in ("speech_to_speech", "speech_to_text", "asr"):
+        whole = processor(asked(question, before=before, after=after, earlier=earlier), task=task)
+        prompt = processor.open(asked(BEING_SPOKEN, before=before, after=after, earlier=earlier), task=task)
+        grid, spans = prompt.close(whole.layout.spans[-1].length)
+        assert torch.equal(grid, whole.layout.grid)
+        assert spans == whole.layout.spans
+        assert len(prompt.recordings) == 1
+        assert torch.equal(prompt.recordings[0][0].values, whole.recordings[0][0].values)
+
+
+@pytest.mark.parametrize("prompt_format", ["mini_omni", "slam_omni"])
+def test_an_open_prompt_in_the_layouts_of_others(talker, question, prompt_format):
+    marks = TextMarks(end=1, pad=2, input=3, answer=4, asr=5)
+    config = replace(talker.config, prompt_format=prompt_format, text_marks=marks)
+    processor = OmniProcessor(talker.tokenizer, talker.processor.log_mel, config=config)
+    for task in ("speech_to_speech", "speech_to_text", "asr"):
+        whole = processor(asked(question), task=task).layout
+        grid, spans = processor.open(asked(BEING_SPOKEN), task=task).close(whole.spans[0].length)
+        assert torch.equal(grid, whole.grid)
+        assert spans == whole.spans
+
+
+def test_open_prompts_need_one_recording_that_is_being_spoken(talker, question):
+    with pytest.raises(PromptError, match="still being spoken; lay it out with open"):
+        talker.processor(asked(BEING_SPOKEN), task="asr")
+    twice = (*asked(BEING_SPOKEN), {"role": "assistant", "content": "Yes?"})
+    for messages in (asked(question), asked(BEING_SPOKEN, earlier=twice), asked(question, earlier=twice)):
+        with pytest.raises(PromptError, match="one recording that is being spoken, the last of all"):
+            talker.processor.open(messages, task="asr")
+
+
+def test_talkers_that_hear_in_blocks_get_features_in_blocks(talker, question):
+    config = replace(talker.config, encoder_block_seconds=0.2)
+    processor = OmniProcessor(talker.tokenizer, talker.processor.log_mel, config=config)
+    assert processor.block_frames == 20
+    assert processor.encoder_mark != talker.processor.encoder_mark
+    sample = processor(asked(question), task="asr")
+    (waveform,) = processor.apply_chat_template(asked(question))[1]
+    (expected,) = processor.log_mel.windows(waveform, block_frames=20)
+    assert torch.equal(sample.recordings[0][0].values, expected.values)
+
+
+def test_blocks_go_with_true_lengths(talker):
+    with pytest.raises(
+        ValueError, match='encoder_block_seconds goes with encoder_padding="true_length" only'
+    ):
+        replace(talker.config, encoder_block_seconds=0.2, encoder_padding="window")
