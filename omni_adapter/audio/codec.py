@@ -3,19 +3,18 @@
 Waveform [N] -> codes [K, T] and codes [B, K, T] -> waveform [B, T * samples_per_frame]. Knows nothing of
 delays, special ids or language models: it only ever sees codes.
 
-Decoding is a stream even when it is whole. Every layer of SNAC's decoder keeps the inputs that its next
-outputs need, so that no frame is decoded again as context of another. Frames always go through one at a time:
-every sample comes from the same arithmetic however the codes were split, so streamed and whole decoding are
-equal bit for bit.
+Decoding is a stream even when it is whole: no frame is decoded again as context of another. Frames always go
+through one at a time: every sample comes from the same arithmetic however the codes were split, so streamed
+and whole decoding are equal bit for bit.
 """
 
 import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 import snac
 import torch
@@ -29,10 +28,11 @@ from huggingface_hub.errors import (
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass as pydantic_dataclass
 from safetensors.torch import save_file
-from snac.layers import DecoderBlock, NoiseBlock, ResidualUnit, Snake1d
+from snac.layers import NoiseBlock
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from omni_adapter.audio.snac_decoder import CodecPrecision, DecoderState, SnacDecoder, lay_out, reach
 from omni_adapter.config import CodecSpec, Positive, parse
 from omni_adapter.errors import AudioError, CheckpointError, CodeGridError, ConfigError
 from omni_adapter.tensor_files import check_finite, check_shapes, read_safetensors, read_torch_file
@@ -75,27 +75,6 @@ class Codec(Protocol):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the codec into a folder."""
-
-
-@dataclass
-class DecoderState:
-    """What a streaming decoder remembers between chunks.
-
-    Attributes:
-        seed: seed of the decoder's noise.
-        first_frames: absolute number of the first frame of each conversation, length B; places the noise.
-        num_frames: frames decoded so far.
-        finished: whether the last frame has been decoded.
-        buffers: what each layer holds back, by the layer's name.
-        noise_positions: outputs of each noise block so far, by the block's name.
-    """
-
-    seed: int
-    first_frames: list[int]
-    num_frames: int = 0
-    finished: bool = False
-    buffers: dict[str, Tensor] = field(default_factory=dict)
-    noise_positions: dict[str, int] = field(default_factory=dict)
 
 
 class CodecStream:
@@ -173,7 +152,9 @@ class SnacCodec(nn.Module):
         self.model = _build(config, state)
         self.spec = config.spec
         self.context_samples = _context_samples(self.model.decoder, self.spec)
-        self._noise_rates = _noise_rates(self.model.decoder, self.spec)
+        self.precision: CodecPrecision = "fp32"
+        self._decoder = SnacDecoder(self.model.decoder, latents_per_frame=max(self.spec.level_strides))
+        self._decoder_of = self._weights_at()
 
     @classmethod
     def from_model(cls, model: snac.SNAC) -> "SnacCodec":
@@ -231,6 +212,21 @@ class SnacCodec(nn.Module):
         """Stay in evaluation mode: the codec is never trained."""
         return super().train(False)
 
+    def pack(self, precision: CodecPrecision) -> None:
+        """Choose how the decoder computes from now on.
+
+        Args:
+            precision: ``fp32`` in the weights' own dtype, ``bf16`` with the operands of its large matrix
+                products rounded: faster where the machine multiplies bfloat16, not exactly the same sound.
+                Encoding and what is saved stay as they are.
+        """
+        if precision not in get_args(CodecPrecision):
+            raise ConfigError(
+                f"a codec computes in one of {', '.join(get_args(CodecPrecision))}, got {precision!r}"
+            )
+        self.precision = precision
+        self._decoder_of = ()
+
     @torch.no_grad()
     def encode(self, waveform: Tensor) -> Tensor:
         """Encode a waveform.
@@ -282,7 +278,7 @@ class SnacCodec(nn.Module):
             seed: seed of the decoder's noise.
         """
         first_frames = torch.as_tensor(first_frame).expand(batch_size).tolist()
-        return DecoderState(seed=seed, first_frames=first_frames)
+        return DecoderState(seeds=[seed] * batch_size, first_frames=first_frames)
 
     @torch.no_grad()
     def decode_chunk(self, codes: Tensor, state: DecoderState, *, last: bool = False) -> Tensor:
@@ -301,23 +297,46 @@ class SnacCodec(nn.Module):
                 after the last chunk.
         """
         self._check(codes, state)
-        weight = self._weight
-        pieces = [weight.new_empty(len(codes), 0)]
+        decoder, weight = self._streaming_decoder(), self._weight
+        pieces = [weight.new_empty(0, len(codes))]
         for frame in codes.to(weight.device, torch.long).unbind(dim=-1):
-            latents = self.model.quantizer.from_codes(levels_from_rows(frame[..., None], self.spec))
-            pieces.append(self._decode_latents(latents, state))
+            pieces.append(decoder(self._latents(frame), state))
             state.num_frames += 1
         state.finished = last
         if last and state.num_frames:
-            no_latents = weight.new_empty(len(codes), self.model.latent_dim, 0)
-            pieces.append(self._decode_latents(no_latents, state))
-        waveform = torch.cat(pieces, dim=-1)
-        return waveform.to(torch.promote_types(waveform.dtype, torch.float32))
+            no_latents = weight.new_empty(0, len(codes), self.model.latent_dim)
+            pieces.append(decoder(no_latents, state, last=True))
+        waveform = torch.cat(pieces).t()
+        return waveform.to(torch.promote_types(waveform.dtype, torch.float32)).contiguous()
 
-    def _decode_latents(self, latents: Tensor, state: DecoderState) -> Tensor:
-        """Latents [B, C, n] of one frame, none for a flush, to samples [B, m]."""
-        step = _Step(state, self._noise_rates, last=state.finished)
-        return _run(self.model.decoder.model, latents, step, name="decoder")[:, 0]
+    def _latents(self, frame: Tensor) -> Tensor:
+        """Codes [B, K] of one frame to latents [n, B, C]."""
+        levels = levels_from_rows(frame[..., None], self.spec)
+        latents: Tensor | None = None
+        for quantizer, codes in zip(self.model.quantizer.quantizers, levels, strict=True):
+            projection = quantizer.out_proj
+            found = nn.functional.embedding(codes.t(), quantizer.codebook.weight)
+            spread = nn.functional.linear(found, projection.weight[:, :, 0], projection.bias)
+            spread = spread.repeat_interleave(quantizer.stride, dim=0)
+            latents = spread if latents is None else latents + spread
+        assert latents is not None
+        return latents
+
+    def _streaming_decoder(self) -> SnacDecoder:
+        """The decoder of the weights as they are now."""
+        weights_at = self._weights_at()
+        if weights_at != self._decoder_of:
+            self._decoder = SnacDecoder(
+                self.model.decoder,
+                latents_per_frame=max(self.spec.level_strides),
+                precision=self.precision,
+            )
+            self._decoder_of = weights_at
+        return self._decoder
+
+    def _weights_at(self) -> tuple[tuple[int, int], ...]:
+        """Where the decoder's weights lie, and how often they were changed."""
+        return tuple((weight.data_ptr(), weight._version) for weight in self.model.decoder.parameters())
 
     @property
     def _weight(self) -> Tensor:
@@ -381,142 +400,7 @@ def _row_order(spec: CodecSpec) -> list[tuple[int, int]]:
     return sorted(codes, key=lambda code: (code[1] * spec.level_strides[code[0]], code[0]))
 
 
-# --- the decoder: each layer takes the next part of its input and returns the next part of its output ---
-
-
-@dataclass(frozen=True)
-class _Step:
-    """One pass through the decoder: the stream's state, and whether it only flushes what is held back."""
-
-    state: DecoderState
-    noise_rates: Mapping[str, int]
-    last: bool
-
-    def take(self, name: str, default: Tensor) -> Tensor:
-        """What the layer ``name`` holds back, ``default`` at the start of a stream."""
-        return self.state.buffers.get(name, default)
-
-    def keep(self, name: str, held: Tensor) -> None:
-        """Hold back ``held`` for the layer ``name``; a copy, so that nothing larger stays alive."""
-        self.state.buffers[name] = held.clone()
-
-
-def _run(layers: Any, x: Tensor, step: _Step, *, name: str) -> Tensor:
-    for index, layer in enumerate(layers):
-        x = _run_layer(layer, x, step, name=f"{name}.{index}")
-    return x
-
-
-def _run_layer(layer: nn.Module, x: Tensor, step: _Step, *, name: str) -> Tensor:
-    match layer:
-        case nn.ConvTranspose1d():
-            return _upsample(layer, x, step, name=name)
-        case nn.Conv1d():
-            return _convolve(layer, x, step, name=name)
-        case DecoderBlock():
-            return _run(layer.block, x, step, name=name)
-        case ResidualUnit():
-            return _add_residual(layer.block, x, step, name=name)
-        case NoiseBlock():
-            return _add_noise(layer.linear, x, step, name=name)
-        case Snake1d():
-            return _snake(layer.alpha, x)
-        case nn.Tanh():
-            return x.tanh()
-    raise ConfigError(f"the installed snac has a layer that streaming does not know: {type(layer).__name__}")
-
-
-def _convolve(conv: nn.Conv1d, x: Tensor, step: _Step, *, name: str) -> Tensor:
-    """Convolution with stride 1; the zeros of its padding stand at the two ends of the stream."""
-    reach, padding = _reach(conv), int(conv.padding[0])
-    if reach:
-        x = torch.cat([step.take(name, x.new_zeros(*x.shape[:2], padding)), x], dim=-1)
-        if step.last:
-            x = nn.functional.pad(x, (0, padding))
-    num_outputs = max(0, x.shape[-1] - reach)
-    if reach:
-        step.keep(name, x[..., num_outputs:])
-    if num_outputs == 0:
-        return x.new_empty(len(x), conv.out_channels, 0)
-    return nn.functional.conv1d(x, conv.weight, conv.bias, dilation=conv.dilation, groups=conv.groups)
-
-
-def _upsample(conv: nn.ConvTranspose1d, x: Tensor, step: _Step, *, name: str) -> Tensor:
-    """Transposed convolution whose kernel spans two strides: each input adds to two blocks of outputs.
-
-    One matrix product and one addition: for a few inputs, half the time of torch's own.
-    """
-    stride, crop = int(conv.stride[0]), int(conv.padding[0])
-    batch, _, num_inputs = x.shape
-    spread = torch.einsum("bin,iok->bonk", x, conv.weight)  # [B, C, n, 2 * stride]
-    starts = name not in step.state.buffers
-    ahead = step.take(name, spread.new_zeros(batch, conv.out_channels, 1, stride))
-    second = torch.cat([ahead, spread[..., stride:]], dim=2)  # [B, C, n + 1, stride]
-    out = (spread[..., :stride] + second[:, :, :num_inputs]).flatten(2)
-    if num_inputs:
-        step.keep(name, second[:, :, -1:])
-        out = out[..., crop:] if starts else out
-    if step.last:
-        out = torch.cat([out, second[:, :, -1, :crop]], dim=-1)
-    return out if conv.bias is None else out + conv.bias[:, None]
-
-
-def _add_residual(layers: nn.Sequential, x: Tensor, step: _Step, *, name: str) -> Tensor:
-    """The convolution in ``layers`` lags behind its input, so the input waits for it."""
-    added = _run(layers, x, step, name=name)
-    waiting = torch.cat([step.take(name, x[..., :0]), x], dim=-1)
-    step.keep(name, waiting[..., added.shape[-1] :])
-    return waiting[..., : added.shape[-1]] + added
-
-
-def _add_noise(linear: nn.Conv1d, x: Tensor, step: _Step, *, name: str) -> Tensor:
-    """Noise that depends on nothing but the seed and its absolute place in time."""
-    if x.shape[-1] == 0:
-        return x
-    start, rate = step.state.noise_positions.get(name, 0), step.noise_rates[name]
-    stop = start + x.shape[-1]
-    step.state.noise_positions[name] = stop
-    frames = range(start // rate, -(-stop // rate))
-    noise = torch.stack(
-        [
-            torch.cat(
-                [_draw_noise(rate, seed=f"{step.state.seed}/{name}/{first + frame}") for frame in frames]
-            )
-            for first in step.state.first_frames
-        ]
-    )  # [B, rate * frames]
-    noise = noise[:, None, start - frames.start * rate : stop - frames.start * rate]
-    return x + noise.to(x) * nn.functional.conv1d(x, linear.weight)
-
-
-def _draw_noise(size: int, *, seed: str) -> Tensor:
-    digest = hashlib.blake2b(seed.encode(), digest_size=4).digest()
-    return torch.randn(size, generator=torch.Generator().manual_seed(int.from_bytes(digest, "little")))
-
-
-def _snake(alpha: Tensor, x: Tensor) -> Tensor:
-    return x + (alpha + 1e-9).reciprocal() * torch.sin(alpha * x).square()
-
-
-def _reach(conv: nn.Conv1d) -> int:
-    """Inputs beside its first that one output of a convolution needs."""
-    return int((conv.kernel_size[0] - 1) * conv.dilation[0])
-
-
 # --- facts of a model, derived from its modules ---
-
-
-def _noise_rates(decoder: Any, spec: CodecSpec) -> dict[str, int]:
-    """Samples a frame at each noise block, by the name that the walk through the decoder gives it."""
-    rates, rate = {}, max(spec.level_strides)
-    for index, layer in enumerate(decoder.model):
-        if isinstance(layer, DecoderBlock):
-            for place, part in enumerate(layer.block):
-                if isinstance(part, nn.ConvTranspose1d):
-                    rate *= int(part.stride[0])
-                if isinstance(part, NoiseBlock):
-                    rates[f"decoder.{index}.{place}"] = rate
-    return rates
 
 
 def _context_samples(decoder: nn.Module, spec: CodecSpec) -> tuple[int, int]:
@@ -536,7 +420,7 @@ def _context_samples(decoder: nn.Module, spec: CodecSpec) -> tuple[int, int]:
             if isinstance(conv, nn.ConvTranspose1d):
                 first, last = (first + padding) // stride - 1, (last + padding) // stride
             else:
-                first, last = first - padding, last - padding + _reach(conv)
+                first, last = first - padding, last - padding + reach(conv)
         touched = samples[(first // latents <= 0) & (last // latents >= 0)]  # by the codes of frame 0
         history, look_ahead = int(touched[-1]) - (frame - 1), -int(touched[0])
         if max(history, look_ahead) < radius:
@@ -583,6 +467,7 @@ def _build(config: SnacConfig, state: Mapping[str, Tensor]) -> snac.SNAC:
     )
     check_finite(folded, source="the codec")
     model.load_state_dict(folded, assign=True)
+    lay_out(model.decoder)
     return model.eval().requires_grad_(False)
 
 
