@@ -67,6 +67,7 @@ def test_report_is_json_with_units_in_its_names(report):
 
 PRESET_SIZES = {
     "qwen2-0.5b": 494_032_768,
+    "qwen2-1.5b": 1_543_714_304,
     "smollm2-135m": 134_515_008,
     "smollm2-360m": 361_821_120,
     "llama-3.2-1b": 1_235_814_400,

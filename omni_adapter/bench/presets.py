@@ -83,6 +83,21 @@ PRESETS: Mapping[str, Preset] = {
         _WHISPER_SMALL,
         _SNAC_24KHZ,
     ),
+    "qwen2-1.5b": Preset(
+        {
+            "model_type": "qwen2",
+            "vocab_size": 151936,
+            "hidden_size": 1536,
+            "intermediate_size": 8960,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 12,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 32768,
+            "tie_word_embeddings": True,
+        },
+        _WHISPER_SMALL,
+        _SNAC_24KHZ,
+    ),
     "smollm2-135m": Preset(
         {
             "model_type": "llama",
@@ -149,14 +164,28 @@ PRESETS: Mapping[str, Preset] = {
 }
 """Talkers of known sizes, for timing without any download."""
 
+SHAPES: Mapping[str, str] = {
+    "tiny": "tiny",
+    "0.1b": "smollm2-135m",
+    "0.4b": "smollm2-360m",
+    "0.5b": "qwen2-0.5b",
+    "1b": "llama-3.2-1b",
+    "1.5b": "qwen2-1.5b",
+}
+"""Presets by size."""
 
-def random_talker(preset: str, *, dtype: str = "float32", seed: int = 0) -> OmniAdapter:
+REFERENCE_CONTEXT_STEPS = 2048
+"""Length of the published implementation's cache: the least that it accepts."""
+
+
+def random_talker(preset: str, *, dtype: str = "float32", seed: int = 0, **settings: Any) -> OmniAdapter:
     """Build a talker with random weights of true size.
 
     Args:
         preset: key of ``PRESETS``.
         dtype: type of the base and of what is added.
         seed: of the weights.
+        **settings: other arguments of ``wrap``, such as ``tts_layers`` and ``precision``.
 
     Raises:
         ConfigError: if there is no such preset.
@@ -176,25 +205,26 @@ def random_talker(preset: str, *, dtype: str = "float32", seed: int = 0) -> Omni
         tokenizer=_tokenizer(sizes.lm["vocab_size"]),
         encoder=encoder,
         codec=codec,
-        tts_layers=sizes.tts_layers,
         seed=seed,
+        **{"tts_layers": sizes.tts_layers, **settings},
     )
 
 
-def load_talker(name: str, *, dtype: str = "auto") -> OmniAdapter:
+def load_talker(name: str, *, dtype: str = "auto", **loading: Any) -> OmniAdapter:
     """Load a saved talker, or wrap a plain causal LM.
 
     Args:
         name: folder or Hub id of either.
         dtype: type of the base and of what is added; ``auto`` takes that of the files.
+        **loading: other arguments of ``from_pretrained`` or ``wrap``, such as ``precision``.
 
     Raises:
         OmniError: if it is neither.
     """
     is_talker = (Path(name) / CONFIG_FILE).is_file() if Path(name).is_dir() else _has_config(name)
     if is_talker:
-        return OmniAdapter.from_pretrained(name, dtype=dtype)
-    return OmniAdapter.wrap(name, dtype=dtype)
+        return OmniAdapter.from_pretrained(name, dtype=dtype, **loading)
+    return OmniAdapter.wrap(name, dtype=dtype, **loading)
 
 
 def make_question(seconds: float, rate: int) -> NDArray[np.float32]:
@@ -203,6 +233,13 @@ def make_question(seconds: float, rate: int) -> NDArray[np.float32]:
     noise = np.random.default_rng(0).standard_normal(len(time_s))
     tone = np.sin(2 * np.pi * 220 * time_s) * np.sin(2 * np.pi * 3 * time_s)
     return np.asarray(0.3 * tone + 0.02 * noise, dtype=np.float32)
+
+
+def question_for(talker: OmniAdapter, seconds: float) -> list[dict[str, Any]]:
+    """Return a conversation that asks a talker something spoken of that length."""
+    rate = talker.processor.log_mel.sampling_rate
+    content = [{"type": "audio", "audio": (make_question(seconds, rate), rate)}]
+    return [{"role": "user", "content": content}]
 
 
 def _tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:

@@ -57,11 +57,15 @@ class Chart(NamedTuple):
         title: what is drawn, with its unit.
         curves: points (step, value) by name.
         is_log: whether the height is the logarithm.
+        across: what the curves go over, where it is not steps.
+        from_zero: whether the field begins at zero, both ways.
     """
 
     title: str
     curves: Mapping[str, Sequence[tuple[float, float]]]
     is_log: bool = False
+    across: str = "step"
+    from_zero: bool = False
 
 
 def write_report(folder: Path) -> Path:
@@ -73,7 +77,7 @@ def write_report(folder: Path) -> Path:
     charts = [chart for chart in make_charts(entries) if any(chart.curves.values())]
     page = folder / REPORT_FILE
     page.write_text(_page(folder, entries, charts), encoding="utf-8")
-    _write_picture(folder / PICTURE_FILE, charts)
+    write_picture(folder / PICTURE_FILE, charts)
     return page
 
 
@@ -103,7 +107,8 @@ def make_charts(entries: Sequence[Mapping[str, Any]]) -> list[Chart]:
 def draw(chart: Chart) -> list[Shape]:
     """Return the lines and words of a chart, in a field of fixed size."""
     points = [point for curve in chart.curves.values() for point in curve]
-    scale = _Scale.over(points, is_log=chart.is_log)
+    corner = [(0.0, 0.0)] if chart.from_zero else []
+    scale = _Scale.over([*points, *corner], is_log=chart.is_log)
     shapes: list[Shape] = [Words(_LEFT, _TOP - 14, chart.title, _INK, size=_FONT_SIZE + 2)]
     for value in scale.values():
         y = scale.y(value)
@@ -111,7 +116,7 @@ def draw(chart: Chart) -> list[Shape]:
         shapes.append(Words(_LEFT - 6, y + 4, _short(value), anchor="end"))
     for step in scale.steps():
         shapes.append(Words(scale.x(step), _HEIGHT - _BOTTOM + 18, f"{step:,.0f}", anchor="middle"))
-    shapes.append(Words((_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 6, "step", anchor="middle"))
+    shapes.append(Words((_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 6, chart.across, anchor="middle"))
     for number, (name, curve) in enumerate(chart.curves.items()):
         colour = _COLOURS[number % len(_COLOURS)]
         line = tuple((scale.x(step), scale.y(value)) for step, value in curve)
@@ -210,27 +215,42 @@ def to_svg(shapes: Sequence[Shape], *, title: str, size: tuple[int, int] = (_WID
     return "".join((*parts, "</svg>"))
 
 
-def _write_picture(path: Path, charts: Sequence[Chart], *, columns: int = 2, zoom: int = 2) -> None:
-    """Draw all charts as one picture."""
+def draw_all(charts: Sequence[Chart], *, columns: int) -> tuple[list[Shape], tuple[int, int]]:
+    """Return the shapes of all charts, ``columns`` beside each other, and the width and height they take."""
+    shapes: list[Shape] = []
+    for number, chart in enumerate(charts):
+        left, top = number % columns * _WIDTH, number // columns * _HEIGHT
+        shapes += [_moved(shape, left, top) for shape in draw(chart)]
+    rows = math.ceil(len(charts) / columns) or 1
+    return shapes, (columns * _WIDTH, rows * _HEIGHT)
+
+
+def _moved(shape: Shape, left: float, top: float) -> Shape:
+    if isinstance(shape, Line):
+        return shape._replace(points=tuple((x + left, y + top) for x, y in shape.points))
+    return shape._replace(x=shape.x + left, y=shape.y + top)
+
+
+def write_picture(path: Path, charts: Sequence[Chart], *, columns: int = 2, zoom: int = 2) -> bool:
+    """Draw all charts as one picture; return False, and write nothing, without Pillow."""
     try:
         from PIL import Image, ImageDraw, ImageFont
     except ImportError:
-        return
-    rows = math.ceil(len(charts) / columns) or 1
-    image = Image.new("RGB", (columns * _WIDTH * zoom, rows * _HEIGHT * zoom), "white")
+        return False
+    shapes, (width, height) = draw_all(charts, columns=columns)
+    image = Image.new("RGB", (width * zoom, height * zoom), "white")
     canvas = ImageDraw.Draw(image)
     anchors = {"start": "ls", "middle": "ms", "end": "rs"}
-    for number, chart in enumerate(charts):
-        left, top = number % columns * _WIDTH, number // columns * _HEIGHT
-        for shape in draw(chart):
-            if isinstance(shape, Line):
-                points = [((x + left) * zoom, (y + top) * zoom) for x, y in shape.points]
-                canvas.line(points, fill=shape.colour, width=round(shape.width * zoom), joint="curve")
-            else:
-                place = ((shape.x + left) * zoom, (shape.y + top) * zoom)
-                font = ImageFont.load_default(shape.size * zoom)
-                canvas.text(place, shape.text, fill=shape.colour, font=font, anchor=anchors[shape.anchor])
+    for shape in shapes:
+        if isinstance(shape, Line):
+            points = [(x * zoom, y * zoom) for x, y in shape.points]
+            canvas.line(points, fill=shape.colour, width=round(shape.width * zoom), joint="curve")
+        else:
+            font = ImageFont.load_default(shape.size * zoom)
+            place = (shape.x * zoom, shape.y * zoom)
+            canvas.text(place, shape.text, fill=shape.colour, font=font, anchor=anchors[shape.anchor])
     image.save(path)
+    return True
 
 
 _PAGE = """<!doctype html>
