@@ -530,7 +530,37 @@ def doctor(
         raise typer.Exit(EXIT_REFUSED)
 
 
+@dataclass(frozen=True)
+class Comparing:
+    """Comparing modes."""
+
+    compare: Annotated[
+        bool,
+        typer.Option("--compare", help="Our precisions beside the published implementation, in one table."),
+    ] = False
+    shape: Annotated[
+        str | None,
+        typer.Option(help="What to compare: a size with random weights, such as 0.5b; or name a talker."),
+    ] = None
+    sections: Annotated[
+        str, typer.Option(help="Sections, such as steps,memory; default all; a wrong name lists them.")
+    ] = ""
+    save: Annotated[
+        Path | None,
+        typer.Option(help="JSON of the comparison; a run that was stopped goes on from it."),
+    ] = None
+    scratch: Annotated[
+        Path | None, typer.Option(help="Folder that keeps the talker with random weights for the next run.")
+    ] = None
+    plot: Annotated[Path | None, typer.Option(help="Draw the curves into this .svg or .png.")] = None
+    markdown: Annotated[
+        Path | None,
+        typer.Option(help="Print the table of a saved .json; or write anew the tables that an .md marks."),
+    ] = None
+
+
 @app.command(epilog="Example: omni-adapter bench my-talker --seconds 5")
+@with_groups
 def bench(  # noqa: PLR0913 - an option is a parameter
     model: Annotated[
         str | None, typer.Argument(help="Folder or Hub id of a talker, or of a causal language model.")
@@ -546,10 +576,12 @@ def bench(  # noqa: PLR0913 - an option is a parameter
         str | None, typer.Option(help="Where to compute, such as cpu; default: the best there is.")
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="Processor threads; default: torch's.")] = None,
-    seconds: Annotated[float, typer.Option(help="Length of the question.")] = 3.0,
-    steps: Annotated[int, typer.Option(help="Decoding steps to time.")] = 40,
-    rounds: Annotated[int, typer.Option(help="Repetitions of everything else.")] = 5,
-    stride: Annotated[int, typer.Option(help="Frames of sound per chunk.")] = 4,
+    seconds: Annotated[float | None, typer.Option(help="Length of the question; default: 3.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Decoding steps to time, with --compare in each round; default: 40, 8.")
+    ] = None,
+    rounds: Annotated[int | None, typer.Option(help="Repetitions of everything else; default: 5.")] = None,
+    stride: Annotated[int | None, typer.Option(help="Frames of sound per chunk; default: 4.")] = None,
     only: Annotated[
         str, typer.Option(help="Parts to time, such as encoder,prefill,reply; a wrong name lists all.")
     ] = "",
@@ -561,12 +593,28 @@ def bench(  # noqa: PLR0913 - an option is a parameter
     length: Annotated[int, typer.Option(help="Steps of each of them.")] = 512,
     lm: Annotated[str, typer.Option(help="How the language model learns there: lora or full.")] = "lora",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    *,
+    comparing: Comparing,
 ) -> None:
     """Time a talker on this machine: encoder, prefill, steps, codec, first sound, memory.
 
     Every time is a median over several rounds after one that warms up, with the shortest and the longest.
-    With --train: seconds and peak memory of a training step, each way in a process of its own.
+    With --train: seconds and peak memory of a training step, each way in a process of its own. With
+    --compare: our precisions in turns with the published implementation, beside the floor of this machine.
     """
+    timing = {
+        key: value
+        for key, value in (
+            ("seconds", seconds), ("steps", steps), ("rounds", rounds), ("stride", stride),
+        )
+        if value is not None
+    }  # fmt: skip
+    if comparing.markdown is not None:
+        return _bench_markdown(comparing.markdown)
+    if comparing.compare:
+        return _bench_compare(
+            model, comparing, timing=timing, device=device, threads=threads, as_json=as_json
+        )
     if train:
         return _bench_training(random, dtype, lm, batch_size=batch_size, length=length, as_json=as_json)
     import torch
@@ -577,9 +625,7 @@ def bench(  # noqa: PLR0913 - an option is a parameter
         raise ConfigError(
             f"name either a model, or --random with one of {', '.join(benchmark.PRESETS)}; not both"
         )
-    settings = benchmark.BenchSettings(
-        seconds=seconds, steps=steps, rounds=rounds, stride=stride, only=_names(only)
-    )
+    settings = benchmark.BenchSettings(only=_names(only), **timing)
     if threads is not None:
         torch.set_num_threads(threads)
 
@@ -596,6 +642,63 @@ def bench(  # noqa: PLR0913 - an option is a parameter
         _print_json(asdict(report))
     else:
         benchmark.show(report, Console(highlight=False))
+
+
+def _bench_compare(
+    model: str | None,
+    comparing: Comparing,
+    *,
+    timing: dict[str, Any],
+    device: str | None,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Compare the modes of a talker, or of a size."""
+    import torch
+
+    from omni_adapter import bench as benchmark
+
+    if (model is None) == (comparing.shape is None):
+        raise ConfigError(
+            f"bench --compare takes either a talker, or --shape with one of {', '.join(benchmark.SHAPES)}"
+        )
+    if comparing.shape is not None and comparing.shape not in benchmark.SHAPES:
+        raise ConfigError(f"no shape is called {comparing.shape!r}; there are {', '.join(benchmark.SHAPES)}")
+    if comparing.plot is not None and comparing.plot.suffix not in benchmark.PLOT_SUFFIXES:
+        raise ConfigError(f"--plot draws {' or '.join(benchmark.PLOT_SUFFIXES)}, got {comparing.plot.name!r}")
+    settings = benchmark.settings_for(comparing.shape, sections=_names(comparing.sections) or None, **timing)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    best = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    result = benchmark.compare(
+        model or str(comparing.shape),
+        settings=settings,
+        device=torch.device(device) if device else best,
+        say=_note,
+        save=comparing.save,
+        folder=comparing.scratch,
+    )
+    if comparing.plot is not None:
+        benchmark.plot(result, comparing.plot)
+        _note(f"drew {comparing.plot}")
+    if as_json:
+        _print_json(result)
+    else:
+        benchmark.show_comparison(result, Console(highlight=False))
+
+
+def _bench_markdown(path: Path) -> None:
+    """Print the table of a comparison, or write those that a Markdown file marks."""
+    from omni_adapter import bench as benchmark
+
+    if path.suffix != ".md":
+        typer.echo(benchmark.to_markdown(benchmark.read_comparison(path)), nl=False)
+        return
+    try:
+        files = benchmark.update_markdown(path)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read or written: {error}") from error
+    _note(f"wrote the tables of {', '.join(map(str, files))} into {path}")
 
 
 def _bench_training(

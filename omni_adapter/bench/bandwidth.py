@@ -4,6 +4,7 @@ A device in, bytes a second of several ways to read out; the quickest way counts
 than caches hold, with the threads that decoding uses. On an accelerator this has never been run.
 """
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import cycle
@@ -89,7 +90,8 @@ class BandwidthMeter:
             scales, zeros = torch.ones(1).expand(self._numbers // _WIDTH).double(), torch.zeros(1)
             zeros = zeros.expand(self._numbers // _WIDTH).long()
             matrix = torch.ones(self._numbers // _WIDTH, _WIDTH, dtype=torch.int8)
-            quantised = torch._make_per_channel_quantized_tensor(matrix, scales, zeros, 0)
+            with warnings.catch_warnings(action="ignore"):  # torch means to drop it, and has nothing else
+                quantised = torch._make_per_channel_quantized_tensor(matrix, scales, zeros, 0)
             packed = cycle([pack(quantised, None) for _ in range(_PARTS)])
         except (RuntimeError, AttributeError):
             return

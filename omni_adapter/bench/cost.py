@@ -30,9 +30,10 @@ def compare_startup(workshop: Workshop) -> dict[str, Any]:
     """Time the import of the package, and how much of it is ours."""
     workshop.say("startup: imports")
     _python("-c", _IMPORT)  # compiles what is not compiled yet
-    bare = [_timed("-c", "pass") for _ in range(3)]
-    package = [_timed("-c", "import omni_adapter") for _ in range(3)]
-    everything = [_timed("-c", _IMPORT) for _ in range(3)]
+    rounds = max(workshop.settings.rounds // 2, 1)
+    bare = [_timed("-c", "pass") for _ in range(rounds)]
+    package = [_timed("-c", "import omni_adapter") for _ in range(rounds)]
+    everything = [_timed("-c", _IMPORT) for _ in range(rounds)]
     own_s, total_s = own_import_time(_python("-X", "importtime", "-c", _IMPORT).stderr)
     return {
         "interpreter_s": min(bare),

@@ -18,6 +18,7 @@ from omni_adapter.bench.running import first_audio, speak
 from omni_adapter.bench.speed import Row, packed
 from omni_adapter.bench.timing import Contestant, Spread, interleave, stopwatch, timer
 from omni_adapter.bench.workshop import Workshop
+from omni_adapter.errors import OmniError
 from omni_adapter.talker import OmniAdapter
 
 _BLOCK_S = 0.24  # sound that is handed over at once while the question is spoken
@@ -76,14 +77,19 @@ def _while_spoken(workshop: Workshop, mode: Mode, waveform: Tensor, rate: int) -
 
     def contestant() -> float:
         with workshop.varied(mode.name, 0) as talker:
-            session = talker.session(max_new_tokens=_FIRST_STEPS, stride=workshop.settings.stride)  # type: ignore[attr-defined]
+            session = talker.session(
+                hearing="blocks",
+                block_seconds=_BLOCK_S,
+                max_new_tokens=_FIRST_STEPS,
+                stride=workshop.settings.stride,
+            )
             for block in blocks[:-1]:
-                session.append_audio((block.numpy(), rate))
+                session.append_audio(block, sampling_rate=rate)
             with stopwatch(workshop.device) as watch:
-                session.append_audio((blocks[-1].numpy(), rate))
-                for chunk in session.reply():
-                    if len(chunk.audio):
-                        break
+                session.append_audio(blocks[-1], sampling_rate=rate)
+                if not any(len(chunk.audio) for chunk in session.reply()):
+                    raise OmniError(f"nothing was said in {_FIRST_STEPS} steps")
+            session.close()
         return watch.seconds
 
     return contestant

@@ -96,7 +96,7 @@ def headline(result: Row) -> list[str]:
     machine, settings = result["machine"], result["settings"]
     where = machine["accelerator"] or machine["processor"]
     weights = result.get("step_weights")
-    size = f", {sum(weights.values()) / 1e6:,.0f} M weights a step" if weights else ""
+    size = f", {sum(weights.values()) / 1e6:,.3g} M weights a step" if weights else ""
     kind = f"{result['name']} ({result['random_weights']}, random weights{size})"
     name = kind if result.get("random_weights") else f"{result['name']}{size}"
     lines_of = [

@@ -113,6 +113,7 @@ class CompareSettings:
 
 
 SMALL = CompareSettings(
+    seconds=1.0,
     rounds=2,
     steps=2,
     reply_steps=24,
