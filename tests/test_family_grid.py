@@ -49,7 +49,7 @@ INEXACT_PADDING = {
 REPLAYED = {"openai-gpt", "qwen4_exp", "qwen4_exp_text", "recurrent_gemma", "rwkv"}
 """Families that keep no state, keep it inside the model, or get cached batches wrong."""
 
-NO_FIXED_CACHE = REPLAYED | {"deepseek_v32", "minimax"}
+NO_FIXED_CACHE = REPLAYED | {"axk2", "deepseek_v32", "dots3_note", "dots3_note_text", "minimax"}
 """Families whose state is of a kind of its own, so that its memory cannot be fixed."""
 
 INFERENCE_ONLY = {"reformer"}
@@ -110,6 +110,21 @@ def check_hidden_is_what_enters_the_head(backbone: Backbone) -> None:
         kept = whole.hidden.abs() > 1e-2
         ratio = (seen[0] / whole.hidden)[kept]
         torch.testing.assert_close(ratio, ratio[:1].expand_as(ratio), rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+def check_the_head_can_be_run_apart(backbone: Backbone) -> None:
+    embeddings = backbone.embed(sample_ids(2, 7))
+    whole = backbone(embeddings, use_cache=True)
+    apart = backbone(embeddings, use_cache=True, logits_to_keep=None)
+    assert apart.logits.shape == (2, 0, backbone.vocab_size)
+    assert torch.equal(apart.hidden, whole.hidden)
+    step = backbone.embed(sample_ids(2, 1))
+    after = backbone(step, cache=whole.cache)
+    after_apart = backbone(step, cache=apart.cache, logits_to_keep=None)
+    assert torch.equal(after_apart.hidden, after.hidden)
+    if backbone.projects:
+        assert_close(backbone.project(after_apart.hidden), after.logits)
 
 
 @torch.no_grad()
@@ -292,6 +307,7 @@ def check_gradient_reaches_the_embeddings(backbone: Backbone) -> None:
 CHECKS = (
     check_embeddings_give_the_logits_of_ids,
     check_hidden_is_what_enters_the_head,
+    check_the_head_can_be_run_apart,
     check_greedy_text_is_that_of_generate,
     check_cached_steps_equal_the_full_pass,
     check_padded_rows_equal_single_ones,

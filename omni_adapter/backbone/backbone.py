@@ -80,7 +80,7 @@ class Backbone(Runner):
         position_ids: Tensor | None = None,
         cache: BackboneCache | None = None,
         use_cache: bool = False,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | None = 0,
     ) -> BackboneOutput:
         """Run the LM over ``embeddings``, after the steps that ``cache`` has seen.
 
@@ -93,22 +93,30 @@ class Backbone(Runner):
                 the LM takes none.
             cache: what the last call returned; it is consumed.
             use_cache: return a cache for the next call.
-            logits_to_keep: compute the logits of the last so many steps; 0 for all.
+            logits_to_keep: compute the logits of the last so many steps; 0 for all, None for none: the head,
+                which is a good part of an LM with a large vocabulary, is not run where the LM lets its body
+                run alone.
         """
         steps = Steps(embeddings, attention_mask, position_ids)
         if attention_mask is not None and attention_mask.dim() > 2:
-            packed = keep_apart(steps, self, packing=self.packing)
-            return self.run(packed, logits_to_keep=logits_to_keep)
+            steps, cache, use_cache = keep_apart(steps, self, packing=self.packing), None, False
         if cache is not None and cache.steps and embeddings.shape[1] > 1 and not self._takes_chunks:
-            return self._run_one_by_one(steps, cache, logits_to_keep=logits_to_keep)
-        return self.run(steps, cache, use_cache=use_cache, logits_to_keep=logits_to_keep)
+            output = self._run_one_by_one(steps, cache, logits_to_keep=logits_to_keep)
+        else:
+            alone = self._body_alone if logits_to_keep is None else None
+            output = self.run(steps, cache, use_cache=use_cache, logits_to_keep=logits_to_keep, alone=alone)
+        if logits_to_keep is not None:
+            return output
+        return output._replace(logits=output.hidden.new_empty(embeddings.shape[0], 0, self.vocab_size))
 
     @property
     def _takes_chunks(self) -> bool:
         """Whether several steps can follow a cache at once."""
         return self.replays or self._chunks_are_exact
 
-    def _run_one_by_one(self, steps: Steps, cache: BackboneCache, *, logits_to_keep: int) -> BackboneOutput:
+    def _run_one_by_one(
+        self, steps: Steps, cache: BackboneCache, *, logits_to_keep: int | None
+    ) -> BackboneOutput:
         """Feed step after step, for an LM whose state takes only one at a time."""
         past, last = cache.steps, cache
         outputs: list[BackboneOutput] = []
@@ -118,7 +126,7 @@ class Backbone(Runner):
         logits = torch.cat([output.logits for output in outputs], dim=1)
         hidden = torch.cat([output.hidden for output in outputs], dim=1)
         tapped = torch.cat([output.tapped for output in outputs], dim=1)
-        return BackboneOutput(logits[:, -logits_to_keep:], hidden, last, tapped)
+        return BackboneOutput(logits[:, -(logits_to_keep or 0) :], hidden, last, tapped)
 
     def project(self, hidden: Tensor) -> Tensor:
         """Return the LM's own logits of states that enter its head, with its own scales, caps and biases.
@@ -129,6 +137,9 @@ class Backbone(Runner):
         Returns:
             Logits, [B, S, V]; they are the LM's only if ``projects``.
         """
+        if self._head_gives_logits:
+            logits: Tensor = self.lm.get_output_embeddings()(hidden)
+            return logits
         return projection.project(self, hidden, body=self._body)
 
     def select_rows(self, cache: BackboneCache, indices: Tensor) -> BackboneCache:
@@ -258,6 +269,13 @@ class Backbone(Runner):
         """Whether ``project`` gives the LM's logits; tried when first asked."""
         return projection.gives_logits(self, self.project)
 
+    @cached_property
+    def _head_gives_logits(self) -> bool:
+        """Whether the module of the head is all that makes logits: nothing scales or caps them after it."""
+        return projection.head_gives_logits(
+            self, lambda hidden: projection.project(self, hidden, body=self._body)
+        )
+
     @property
     def linear_head(self) -> nn.Linear | None:
         """The LM's head if its logits are nothing but this matrix times the hidden state, else None."""
@@ -279,6 +297,15 @@ class Backbone(Runner):
     def reads_in_pieces(self) -> bool:
         """Whether a prompt can be read piece by piece at about the cost of reading it at once."""
         return not self.replays and self._chunks_are_exact
+
+    @cached_property
+    def _bodies_alone(self) -> tuple[nn.Module, ...]:
+        """The LM's body if running it alone gives the LM's hidden states, else nothing."""
+        return (self._body.module,) if projection.runs_alone(self, self._body.module) else ()
+
+    @property
+    def _body_alone(self) -> nn.Module | None:
+        return next(iter(self._bodies_alone), None)
 
     @cached_property
     def _chunks_are_exact(self) -> bool:

@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from omni_adapter.backbone.inspection import find_head
-from omni_adapter.backbone.probes import Tolerated, is_close, probe, sample
+from omni_adapter.backbone.probes import PROBE_STEPS, Tolerated, is_close, probe, sample
 from omni_adapter.backbone.runner import Runner, Steps, watched_bodies
 
 _LARGE_LOGIT = 1e3  # where caps show
@@ -61,11 +62,42 @@ def find_body(runner: Runner) -> Body:
 
 
 @probe
+def runs_alone(runner: Runner, body: nn.Module) -> bool:
+    """Compare the hidden states of the LM with those of its body alone, in a pass and in cached steps."""
+    embeddings = sample(runner)
+    half = PROBE_STEPS // 2
+    passes: list[list[Tensor]] = []
+    with Tolerated():
+        for logits_to_keep in (1, None):
+            cache, found = None, []
+            for part in (embeddings[:, :half], embeddings[:, half : half + 1]):
+                output = runner.run(
+                    Steps(part), cache, use_cache=True, logits_to_keep=logits_to_keep, alone=body
+                )
+                cache = output.cache
+                found += [output.hidden, output.tapped]
+            passes.append(found)
+        return all(torch.equal(one, other) for one, other in zip(*passes, strict=True))
+    return False
+
+
+@probe
 def gives_logits(runner: Runner, projected: Callable[[Tensor], Tensor]) -> bool:
     """Compare projected hidden states of a few tokens with the LM's logits."""
     with Tolerated():
         whole = runner.run(Steps(sample(runner)))
         return is_close(projected(whole.hidden), whole.logits, runner=runner)
+    return False
+
+
+@probe
+def head_gives_logits(runner: Runner, projected: Callable[[Tensor], Tensor]) -> bool:
+    """Compare the LM's logits with what its head's module gives, as states come and where they are large."""
+    head: Any = find_head(runner.lm)
+    with Tolerated():
+        hidden = runner.run(Steps(sample(runner))).hidden
+        scale = _LARGE_LOGIT / float(head(hidden).abs().max())
+        return all(torch.equal(projected(states), head(states)) for states in (hidden, scale * hidden))
     return False
 
 

@@ -5,9 +5,11 @@ hidden width] and a cache out. Gives each LM the arguments that it takes, and ru
 again from the start. Knows nothing of whether what comes out is right: that is for ``probes``.
 """
 
+import inspect
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -79,6 +81,7 @@ class Runner(nn.Module):
         accepts: argument names that the LM's forward takes.
         replays: whether all steps are run again at each cached step, for want of a usable state.
         position_offset: position id that means the first position to the LM.
+        activation_dtype: type that the input embeddings come out in, None for that of their table.
 
     Raises:
         BackboneError: if the LM cannot be run on embeddings; the text names what it lacks.
@@ -90,7 +93,9 @@ class Runner(nn.Module):
         self.lm = lm
         self.replays = False
         self.position_offset = 0
+        self.activation_dtype: torch.dtype | None = None
         self._tapped_norm: tuple[nn.Module, ...] = ()  # in a tuple: it is the LM's already
+        self._bodies: tuple[list[nn.Module], list[nn.Module]] = ([], [])  # children of the LM, and its bodies
 
     @property
     def embedding_table(self) -> Tensor:
@@ -104,8 +109,8 @@ class Runner(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the input embeddings."""
-        return self.embedding_table.dtype
+        """Type of the input embeddings, as they come out."""
+        return self.activation_dtype or self.embedding_table.dtype
 
     def embed(self, ids: Tensor) -> Tensor:
         """Look ids up in the LM's input embedding.
@@ -125,7 +130,8 @@ class Runner(nn.Module):
         cache: BackboneCache | None = None,
         *,
         use_cache: bool = False,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | None = 0,
+        alone: nn.Module | None = None,
     ) -> BackboneOutput:
         """Run the LM over ``steps``, after those that ``cache`` has seen.
 
@@ -133,10 +139,11 @@ class Runner(nn.Module):
             steps: what to run.
             cache: what the last call returned; it is consumed.
             use_cache: return a cache for the next call.
-            logits_to_keep: compute the logits of the last so many steps; 0 for all.
+            logits_to_keep: compute the logits of the last so many steps; 0 for all, None for none.
+            alone: the LM's body, to be run in its place where no logits are asked for.
         """
         run = self._run_again if self.replays else self._run_once
-        return run(steps, cache, use_cache=use_cache, logits_to_keep=logits_to_keep)
+        return run(steps, cache, use_cache=use_cache, logits_to_keep=logits_to_keep, alone=alone)
 
     def accepted(self, **arguments: Any) -> dict[str, Any]:
         """Those of the arguments that the LM's forward takes and that are not None."""
@@ -145,9 +152,15 @@ class Runner(nn.Module):
         }
 
     def _run_once(
-        self, steps: Steps, cache: BackboneCache | None, *, use_cache: bool, logits_to_keep: int
+        self,
+        steps: Steps,
+        cache: BackboneCache | None,
+        *,
+        use_cache: bool,
+        logits_to_keep: int | None,
+        alone: nn.Module | None,
     ) -> BackboneOutput:
-        """One pass of the LM's own forward."""
+        """One pass of the LM's own forward, or of its body's."""
         past = 0 if cache is None else cache.steps
         states = {} if cache is None else cache.states
         mask, positions = self._mask_and_positions(steps, past)
@@ -155,18 +168,21 @@ class Runner(nn.Module):
             attention_mask=mask,
             position_ids=positions,
             use_cache=use_cache or cache is not None,  # some LMs heed no cache that they are not to write
-            logits_to_keep=logits_to_keep,
             return_dict=True,
         )
-        with watched_bodies(self.lm) as calls, watched_inputs(self._tapped_norm) as inputs:
-            # A copy, since some LMs scale their input in place.
-            output = self.lm(inputs_embeds=steps.embeddings.clone(), **(arguments | states))
-        if not calls:
-            raise BackboneError(f"{class_name(self.lm)} has no body whose last hidden state enters its head")
-        hidden = calls[-1].hidden
+        arguments |= states
+        # A copy, since some LMs scale their input in place.
+        arguments["inputs_embeds"] = steps.embeddings.clone()
+        with watched_inputs(self._tapped_norm) as inputs:
+            if logits_to_keep is None and alone is not None:
+                output = alone(**_taken(alone, arguments))
+                hidden: Tensor = output.last_hidden_state
+                logits = hidden[:, :0]
+            else:
+                output, hidden = self._call(arguments | self.accepted(logits_to_keep=logits_to_keep or 0))
+                logits = output["logits"]
+                logits = logits[:, :0] if logits_to_keep is None else logits[:, -logits_to_keep:]
         tapped = inputs[-1] if self._tapped_norm else hidden
-        logits = output["logits"]
-        logits = logits[:, -logits_to_keep:] if logits_to_keep else logits
         if not use_cache:
             return BackboneOutput(logits, hidden, None, tapped)
         if states := self.accepted(**output):
@@ -175,6 +191,18 @@ class Runner(nn.Module):
             return BackboneOutput(logits, hidden, BackboneCache(states, rows, past + count, capacity), tapped)
         self.replays = True
         return BackboneOutput(logits, hidden, _kept(steps), tapped)
+
+    def _call(self, arguments: dict[str, Any]) -> tuple[Any, Tensor]:
+        """Run the LM; return its output and the hidden state that entered its head."""
+        children, bodies = list(self.lm.children()), self._bodies[1]
+        if children != self._bodies[0]:
+            bodies = find_bodies(self.lm)
+            self._bodies = children, bodies
+        with watched(bodies) as calls:
+            output = self.lm(**arguments)
+        if not calls:
+            raise BackboneError(f"{class_name(self.lm)} has no body whose last hidden state enters its head")
+        return output, calls[-1].hidden
 
     def _mask_and_positions(self, steps: Steps, past: int) -> tuple[Tensor | None, Tensor | None]:
         """Mask and position ids as the LM counts them, derived where they are not given."""
@@ -188,13 +216,20 @@ class Runner(nn.Module):
         return mask, None if positions is None else positions + self.position_offset
 
     def _run_again(
-        self, steps: Steps, cache: BackboneCache | None, *, use_cache: bool, logits_to_keep: int
+        self,
+        steps: Steps,
+        cache: BackboneCache | None,
+        *,
+        use_cache: bool,
+        logits_to_keep: int | None,
+        alone: nn.Module | None,
     ) -> BackboneOutput:
         """Run all steps so far, for an LM that keeps no state."""
         count = steps.embeddings.shape[1]
         if cache is not None:
             steps = steps.after(Steps(**cache.states))
-        output = self._run_once(steps, None, use_cache=False, logits_to_keep=logits_to_keep or count)
+        kept = count if logits_to_keep == 0 else logits_to_keep
+        output = self._run_once(steps, None, use_cache=False, logits_to_keep=kept, alone=alone)
         cache = _kept(steps) if use_cache else None
         return BackboneOutput(output.logits, output.hidden[:, -count:], cache, output.tapped[:, -count:])
 
@@ -205,16 +240,36 @@ def _kept(steps: Steps) -> BackboneCache:
     return BackboneCache(dict(vars(steps)), rows, count)
 
 
-@contextmanager
-def watched_bodies(lm: PreTrainedModel) -> Iterator[list[BodyCall]]:
+@cache
+def _parameters(kind: type[nn.Module]) -> frozenset[str] | None:
+    """Argument names of a module's forward; None if it takes any."""
+    parameters = inspect.signature(kind.forward).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return None
+    return frozenset(parameters)
+
+
+def _taken(module: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Those of the arguments that a module takes."""
+    names = _parameters(type(module))
+    return arguments if names is None else {name: arguments[name] for name in arguments if name in names}
+
+
+def watched_bodies(lm: PreTrainedModel) -> AbstractContextManager[list[BodyCall]]:
     """Collect the calls of modules that may be the LM's body; the outermost comes last."""
+    return watched(find_bodies(lm))
+
+
+@contextmanager
+def watched(bodies: Iterable[nn.Module]) -> Iterator[list[BodyCall]]:
+    """Collect the calls of ``bodies`` that return a last hidden state."""
     calls: list[BodyCall] = []
 
     def collect(module: nn.Module, inputs: Any, output: Any) -> None:
         if hasattr(output, "last_hidden_state"):
             calls.append(BodyCall(module, type(output), output.last_hidden_state))
 
-    handles = [body.register_forward_hook(collect) for body in find_bodies(lm)]
+    handles = [body.register_forward_hook(collect) for body in bodies]
     try:
         yield calls
     finally:
