@@ -322,7 +322,9 @@ def listen(
 ) -> None:
     """Ask through the microphone: speak, then pause or press Enter. Ctrl-C ends the conversation.
 
-    Needs the extra 'mic' of the package. Each reply replaces the one before in the wav file.
+    The question is heard while it is spoken, so that the answer comes soon after its end, soonest from a talker
+    that was trained to hear in blocks. Needs the extra 'mic' of the package. Each reply replaces the one
+    before in the wav file.
     """
     settings = decoding.settings()
     _check_files(None, output.out)
@@ -330,20 +332,19 @@ def listen(
 
     talker = _load_talker(where)
     rate = talker.processor.log_mel.sampling_rate
-    messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system is not None else []
-    while True:
-        question = record_until_pause(
-            sampling_rate=rate,
-            max_seconds=_LONGEST_QUESTION_S,
-            on_ready=lambda: _note("listening; pause or press Enter when you are done"),
-        )
-        part = {"type": "audio", "audio": (question, rate)}
-        messages.append({"role": "user", "content": [part]})
-        chunks = talker.stream(messages=messages, settings=settings)
-        reply = _answer(chunks, output, sampling_rate=talker.sampling_rate)
-        messages.append({"role": "assistant", "content": reply.text})
-        if once:
-            return
+    with talker.session(system=system, settings=settings) as session:
+        while True:
+            question = record_until_pause(
+                sampling_rate=rate,
+                max_seconds=_LONGEST_QUESTION_S,
+                on_ready=lambda: _note("listening; pause or press Enter when you are done"),
+            )
+            for block in question:
+                session.append_audio(block, sampling_rate=rate)
+            _answer(session.reply(), output, sampling_rate=talker.sampling_rate)
+            if once:
+                return
+            session.prepare()
 
 
 @app.command(epilog="Example: omni-adapter transcribe speech.flac --model my-talker")

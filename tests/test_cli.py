@@ -222,22 +222,21 @@ class Microphone:
     question: Path
     events: list[str]
 
-    def __init__(self, *, samplerate, channels, dtype, blocksize):
+    def __init__(self, *, samplerate, channels, dtype, blocksize, callback):
         from omni_adapter.audio.waveform import read_waveform
 
         quiet = np.random.default_rng(0).normal(scale=1e-4, size=2 * samplerate).astype(np.float32)
         said = read_waveform(self.question, sampling_rate=samplerate).numpy()
         self.sound = np.concatenate((quiet, said, quiet, quiet))
+        self.size, self.callback = blocksize, callback
 
     def __enter__(self):
+        for start in range(0, len(self.sound), self.size):
+            self.callback(self.sound[start : start + self.size, None], self.size, None, None)
         return self
 
     def __exit__(self, *error):
         self.events.append("microphone closed")
-
-    def read(self, size):
-        block, self.sound = self.sound[:size], self.sound[size:]
-        return block[:, None], False
 
 
 class Loudspeaker:
@@ -305,20 +304,20 @@ def test_listen_once(run, talker_folder, sounddevice):
 
 
 def test_listen_remembers_the_conversation(run, talker_folder, sounddevice, monkeypatch):
-    from omni_adapter import OmniAdapter
+    from omni_adapter.session import Session
 
-    stream, asked = OmniAdapter.stream, []
+    reply, asked = Session.reply, []
 
-    def stream_twice(self, *arguments, messages, **options):
-        asked.append([message["role"] for message in messages])
+    def reply_twice(self):
+        asked.append([message["role"] for message in self.messages])
         if len(asked) == 3:
             raise KeyboardInterrupt
-        return stream(self, *arguments, messages=messages, **options)
+        return reply(self)
 
-    monkeypatch.setattr(OmniAdapter, "stream", stream_twice)
+    monkeypatch.setattr(Session, "reply", reply_twice)
     result = run("listen", "--system", "You are a boat.", "-m", talker_folder, *SHORT)
     assert result.exit_code == 130
-    assert asked == [["system", *["user", "assistant"] * turn, "user"] for turn in range(3)]
+    assert asked == [["system", *["user", "assistant"] * turn] for turn in range(3)]
 
 
 # --- wrap and export ---

@@ -18,6 +18,7 @@ from omni_adapter.errors import AudioError, MissingDependencyError
 
 _BLOCK_S = 0.03
 _NOISE_S = 0.3  # of the recording's start; taken for the room's own noise
+_PATIENCE_S = 0.5  # without a block; then it is asked whether the microphone is still there
 _PAUSE_S = 1.0  # of quiet after speech; ends a recording
 _SPEECH_OVER_NOISE = 3.0  # times the room's noise
 _LEAST_SPEECH_RMS = 0.005
@@ -69,32 +70,41 @@ class Loudspeaker:
 
 def record_until_pause(
     *, sampling_rate: int, max_seconds: float, on_ready: Callable[[], None] = lambda: None
-) -> NDArray[np.float32]:
+) -> Iterator[NDArray[np.float32]]:
     """Record from the microphone until the speaker pauses or presses Enter.
+
+    Sound goes on being recorded while the caller works on what came before.
 
     Args:
         sampling_rate: samples a second, Hz.
         max_seconds: longest recording.
         on_ready: called when the microphone is open.
 
-    Returns:
-        Samples, float32 [N] in -1..1.
+    Yields:
+        Blocks of samples as they are spoken, float32 [n] in -1..1.
 
     Raises:
         MissingDependencyError: if sounddevice is not installed.
-        AudioError: if there is no microphone.
+        AudioError: if there is no microphone, or it is taken away.
     """
     sounddevice = _sounddevice("listening")
-    size = round(_BLOCK_S * sampling_rate)
-    with (
-        _device_errors("microphone"),
-        sounddevice.InputStream(
-            samplerate=sampling_rate, channels=1, dtype="float32", blocksize=size
-        ) as stream,
-    ):
+    recorded: queue.SimpleQueue[NDArray[np.float32]] = queue.SimpleQueue()
+
+    def keep(block: NDArray[np.float32], *_: object) -> None:
+        recorded.put(block[:, 0].copy())
+
+    with _device_errors("microphone"):
+        stream = sounddevice.InputStream(
+            samplerate=sampling_rate,
+            channels=1,
+            dtype="float32",
+            blocksize=round(_BLOCK_S * sampling_rate),
+            callback=keep,
+        )
+    with stream:
         on_ready()
-        blocks = _blocks(stream, size, stop=_enter_pressed())
-        return np.concatenate(list(until_pause(blocks, max_blocks=round(max_seconds / _BLOCK_S))))
+        blocks = _blocks(recorded, stream, stop=_enter_pressed())
+        yield from until_pause(blocks, max_blocks=round(max_seconds / _BLOCK_S))
 
 
 def until_pause(blocks: Iterator[NDArray[np.float32]], *, max_blocks: int) -> Iterator[NDArray[np.float32]]:
@@ -116,11 +126,18 @@ def until_pause(blocks: Iterator[NDArray[np.float32]], *, max_blocks: int) -> It
             return
 
 
-def _blocks(stream: Any, size: int, *, stop: threading.Event) -> Iterator[NDArray[np.float32]]:
-    """Blocks [size] of the microphone until ``stop`` is set."""
+def _blocks(
+    recorded: "queue.SimpleQueue[NDArray[np.float32]]", stream: Any, *, stop: threading.Event
+) -> Iterator[NDArray[np.float32]]:
+    """Blocks [n] of the microphone until ``stop`` is set."""
     while not stop.is_set():
-        block, _ = stream.read(size)
-        yield block[:, 0]
+        try:
+            yield recorded.get(timeout=_PATIENCE_S)
+        except queue.Empty:
+            if not stream.active:
+                raise AudioError(
+                    "the microphone gives no sound any more; is it still connected?", reason="no_device"
+                ) from None
 
 
 def _enter_pressed() -> threading.Event:

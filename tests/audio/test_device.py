@@ -56,5 +56,36 @@ def test_a_system_without_portaudio_is_named(monkeypatch):
     with pytest.raises(
         AudioError, match=r"listening needs the PortAudio library .* apt-get install libportaudio2"
     ) as error:
-        device.record_until_pause(sampling_rate=16000, max_seconds=1)
+        next(device.record_until_pause(sampling_rate=16000, max_seconds=1))
     assert error.value.reason == "no_device"
+
+
+def test_a_microphone_that_goes_away(monkeypatch):
+    import sys
+    import types
+
+    from omni_adapter.audio import device
+
+    class Microphone:
+        active = False
+
+        def __init__(self, *, callback, **settings):
+            self.callback = callback
+
+        def __enter__(self):
+            block = np.full((BLOCK, 1), 0.1, dtype=np.float32)
+            self.callback(block, BLOCK, None, None)
+            block[:] = 0  # PortAudio uses its memory again
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+    module = types.ModuleType("sounddevice")
+    module.PortAudioError, module.InputStream = type("PortAudioError", (Exception,), {}), Microphone
+    monkeypatch.setitem(sys.modules, "sounddevice", module)
+    monkeypatch.setattr(device, "_PATIENCE_S", 0.01)
+    recorded = device.record_until_pause(sampling_rate=16000, max_seconds=1)
+    assert next(recorded).min() == np.float32(0.1)
+    with pytest.raises(AudioError, match="gives no sound any more; is it still connected"):
+        next(recorded)
