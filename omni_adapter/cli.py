@@ -101,6 +101,15 @@ class Dtype(StrEnum):
     FLOAT16 = "float16"
 
 
+class Precision(StrEnum):
+    """Ways to hold the weights of a talker that only runs."""
+
+    FP32 = "fp32"
+    BF16 = "bf16"
+    INT8 = "int8"
+    AUTO = "auto"
+
+
 class Form(StrEnum):
     """Forms in which a whole talker is written."""
 
@@ -125,6 +134,12 @@ class Where:
     dtype: Annotated[Dtype, typer.Option(help="Type of the weights; auto takes that of the files.")] = (
         Dtype.AUTO
     )
+    precision: Annotated[
+        Precision | None,
+        typer.Option(
+            help="Repack the weights for this machine: quicker, in less memory; default: leave them as they are."
+        ),
+    ] = None
 
 
 @dataclass(frozen=True)
@@ -976,8 +991,21 @@ def _load_talker(where: Where) -> "OmniAdapter":
         )
     with _working(f"loading {where.model}"):
         _prepare_hub(where.model)
-        talker = OmniAdapter.from_pretrained(where.model, dtype=where.dtype.value)
-        return _to_device(talker, where.device)
+        talker = OmniAdapter.from_pretrained(where.model, dtype=where.dtype.value, precision=_while_loading(where))
+        talker = _to_device(talker, where.device)
+        if where.precision and not talker.precision:
+            talker.pack(where.precision.value)
+    if talker.pack_report:
+        _note(str(talker.pack_report))
+    return talker
+
+
+def _while_loading(where: Where) -> str | None:
+    """The precision to load in, if the talker stays on the processor; otherwise it is packed where it goes."""
+    import torch
+
+    moves = torch.accelerator.is_available() if where.device is None else where.device != "cpu"
+    return where.precision.value if where.precision and not moves else None
 
 
 def _to_device(talker: "OmniAdapter", device: str | None) -> "OmniAdapter":

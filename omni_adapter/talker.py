@@ -29,6 +29,7 @@ from omni_adapter.data.processor import (
     task_of,
     tokenizer_fingerprint,
 )
+from omni_adapter.engine import PackReport, PackSettings, light, pack
 from omni_adapter.errors import CheckpointError, ConfigError, PromptError
 from omni_adapter.generation.generator import Decoder, GenerationSettings
 from omni_adapter.generation.streaming import Chunk, Rendering, Reply, stream_chunks
@@ -51,6 +52,7 @@ class OmniAdapter:
         codec: turns codes into sound.
         config: what is saved with a checkpoint.
         datasets: what it was trained on: Hub id or name, and the licence of each.
+        pack_report: what ``precision`` did to the weights, None without.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class OmniAdapter:
         self.codec = codec
         self.config = config
         self.datasets = dict(datasets or {})
+        self.pack_report: PackReport | None = None
 
     @classmethod
     def wrap(
@@ -80,6 +83,7 @@ class OmniAdapter:
         tokenizer: Any = None,
         text_end_ids: Sequence[int] | None = None,
         seed: int = 0,
+        precision: str | None = None,
         **settings: Any,
     ) -> Self:
         """Graft hearing and speech onto a causal LM. Its weights, embeddings and vocabulary stay as they are.
@@ -96,6 +100,7 @@ class OmniAdapter:
             text_end_ids: ids that end a text; None takes those of the chat template, tokenizer and generation
                 config.
             seed: of the new weights.
+            precision: repack the weights for this machine, to run only; see :meth:`pack`.
             **settings: where to look, as in transformers: ``revision`` (of the base), ``token``,
                 ``cache_dir``, ``local_files_only``; how to load the base: ``dtype``, ``device_map``,
                 ``attn_implementation``, ``quantization_config``, …; ``base_adapter``, the Hub id or folder of
@@ -109,6 +114,7 @@ class OmniAdapter:
             ConfigError: if a setting is unknown or has a wrong value.
         """
         options, lm_arguments, settings = hub.sort_arguments(settings)
+        lm_arguments = _in_precision(lm_arguments, precision)
         adapter, merge = settings.pop("base_adapter", None), settings.pop("merge_base_adapter", False)
         based = hub.split_base(base, base_adapter=adapter, options=options)
         lm, tokenizer, base_ref = hub.load_base(
@@ -117,7 +123,7 @@ class OmniAdapter:
         part_options = replace(options, revision=None)
         audio_encoder, encoder_ref = hub.load_encoder(encoder, options=part_options)
         loaded_codec, codec_ref = hub.load_codec(codec, options=part_options)
-        backbone = Backbone(lm)
+        backbone = _read_backbone(lm, precision)
         if merge and not based.adapter:
             raise ConfigError("merge_base_adapter: the base comes with no adapter; pass base_adapter=")
         if based.adapter and based.ref:
@@ -142,12 +148,13 @@ class OmniAdapter:
         config = parse(
             OmniConfig, {**values, **{key: _plain(value) for key, value in settings.items()}}, source="wrap"
         )
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), light(lm, precision=precision):
             torch.manual_seed(seed)
             model = OmniModel(backbone, audio_encoder, config=config)
         _place_added(model)
         processor = OmniProcessor(tokenizer, audio_encoder.log_mel(), config=config)
-        return cls(model.eval(), processor=processor, codec=loaded_codec, config=config)
+        talker = cls(model.eval(), processor=processor, codec=loaded_codec, config=config)
+        return talker if precision is None else talker.pack(precision)
 
     @classmethod
     def from_pretrained(
@@ -160,6 +167,7 @@ class OmniAdapter:
         tokenizer: Any = None,
         base_adapter: str | Path | None = None,
         subfolder: str = "",
+        precision: str | None = None,
         **loading: Any,
     ) -> Self:
         """Load a saved talker: its base by reference, then what was added.
@@ -173,6 +181,8 @@ class OmniAdapter:
             tokenizer: the base's tokenizer; None loads it.
             base_adapter: another place of the adapter that the base came with.
             subfolder: folder of the talker inside ``name``.
+            precision: repack the weights for this machine, to run only; see :meth:`pack`. Weights that are
+                mapped from files are read one by one, so that memory holds no more than the packed ones.
             **loading: where to look: ``revision`` (of the talker), ``token``, ``cache_dir``,
                 ``local_files_only``; and how to load the base, as for :meth:`wrap`.
 
@@ -182,6 +192,7 @@ class OmniAdapter:
                 talker was made with; the message names both values.
         """
         options, lm_arguments, unknown = hub.sort_arguments(loading)
+        lm_arguments = _in_precision(lm_arguments, precision)
         if unknown:
             raise ConfigError(
                 f"from_pretrained does not know {', '.join(unknown)}; settings of a talker are fixed when it "
@@ -205,7 +216,7 @@ class OmniAdapter:
             options=replace(options, revision=config.base.revision if base is None else None),
             lm_arguments=lm_arguments,
         )
-        backbone = Backbone(lm)
+        backbone = _read_backbone(lm, precision)
         hub.check_fingerprint("base", config.base, _base_fingerprint(backbone, tokenizer))
         if config.base_adapter is not None:
             if carried is None:
@@ -229,17 +240,44 @@ class OmniAdapter:
         )
         hub.check_fingerprint("codec", config.codec, loaded_codec.fingerprint())
         hub.check_geometry(config, vocab_size=backbone.vocab_size, encoder=audio_encoder, codec=loaded_codec)
-        model = OmniModel(backbone, audio_encoder, config=config)
+        with light(lm, precision=precision):
+            model = OmniModel(backbone, audio_encoder, config=config)
         hub.load_added(folder, model)
         _place_added(model)
         processor = OmniProcessor(tokenizer, LogMel.from_pretrained(folder), config=config)
-        return cls(
+        talker = cls(
             model.eval(),
             processor=processor,
             codec=loaded_codec,
             config=config,
             datasets=hub.read_datasets(folder),
         )
+        return talker if precision is None else talker.pack(precision)
+
+    @property
+    def precision(self) -> str | None:
+        """How the weights are packed, ``fp32``, ``bf16`` or ``int8``; None if they are as they came."""
+        return self.pack_report.precision if self.pack_report else None
+
+    def pack(self, precision: str = "auto", *, settings: PackSettings | None = None) -> Self:
+        """Repack the weights for the machine that they are on, in place; the talker only runs from then on.
+
+        For each shape of weight the quickest kernel is found by a short measurement. LoRA becomes part of the
+        base's weights. What was done is logged and stays in ``pack_report``.
+
+        Args:
+            precision: ``fp32`` computes as exactly as before; ``bf16`` and ``int8`` narrow the weights of
+                linear layers, while all between them stays in float32; ``auto`` goes by the machine.
+            settings: how to choose kernels; the default measures.
+
+        Returns:
+            Itself.
+
+        Raises:
+            ConfigError: if there is no such precision, or the weights are packed already.
+        """
+        self.pack_report = pack(self.model, precision, settings=settings)
+        return self
 
     @property
     def tokenizer(self) -> Any:
@@ -252,7 +290,16 @@ class OmniAdapter:
         return self.codec.spec.sampling_rate
 
     def to(self, device: torch.device | str) -> Self:
-        """Move model and codec to ``device``; returns itself."""
+        """Move model and codec to ``device``; returns itself.
+
+        Raises:
+            ConfigError: if the weights are packed for another device.
+        """
+        if self.precision and torch.device(device).type != self.model.device.type:
+            raise ConfigError(
+                f"the weights are packed for {self.model.device.type} ({self.precision}) and stay there; load "
+                "the talker without precision, move it, then call pack()"
+            )
         self.model.to(device)
         if isinstance(self.codec, torch.nn.Module):
             self.codec.to(device)
@@ -522,6 +569,11 @@ class OmniAdapter:
         whole: bool = False,
     ) -> None:
         """Write the talker; with LoRA ``merged``, as a ``whole`` without adapters of others."""
+        if self.precision:
+            raise CheckpointError(
+                f"the weights are packed for this machine ({self.precision}) and cannot be written exactly; "
+                "load the talker without precision to save or export it"
+            )
         config = self.config
         backbone = self.model.backbone
         # A base that is written with the adapter of others in its weights needs no other place for it.
@@ -544,6 +596,22 @@ class OmniAdapter:
             hub.save_added(staging, self.model, config=config, with_lora=not merged)
             self.processor.save_pretrained(staging)
             hub.save_card(staging, config=config, facts=facts)
+
+
+def _in_precision(lm_arguments: dict[str, Any], precision: str | None) -> dict[str, Any]:
+    """How to load a base for a precision: float32 asks for weights in float32, unless told otherwise."""
+    if precision == "fp32" and lm_arguments.get("dtype", "auto") == "auto":
+        return {**lm_arguments, "dtype": "float32"}
+    return lm_arguments
+
+
+def _read_backbone(lm: PreTrainedModel, precision: str | None) -> Backbone:
+    """The base, tried out while its weights are those of the files."""
+    with light(lm, precision=precision):
+        backbone = Backbone(lm)
+        if precision is not None:
+            backbone.settle()
+    return backbone
 
 
 def _settings(settings: GenerationSettings | None, options: Mapping[str, Any]) -> GenerationSettings:

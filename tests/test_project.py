@@ -28,7 +28,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"audio"}),
     frozenset({"modules", "backbone"}),
     frozenset({"model", "data"}),
-    frozenset({"generation", "training", "hub", "hearing"}),
+    frozenset({"engine", "generation", "hearing", "hub", "training"}),
     frozenset({"session"}),
     frozenset({"talker"}),
     frozenset({"importers"}),

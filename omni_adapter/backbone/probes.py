@@ -310,6 +310,14 @@ def chunks_are_exact(runner: Runner) -> bool:
 
 
 @probe
+def read_cache_plan(runner: Runner) -> CachePlan | None:
+    """See what cache the LM makes; whether one of fixed memory is as good was found out before."""
+    pair = sample(runner).repeat(2, 1, 1)
+    cache = runner.run(Steps(pair), use_cache=True).cache
+    return None if cache is None else plan_cache(cache.states, rows=2)
+
+
+@probe
 def find_cache_plan(runner: Runner) -> CachePlan | None:
     """See what cache the LM makes, make it with fixed memory, and compare what the LM computes with both."""
     pair = sample(runner).repeat(2, 1, 1)

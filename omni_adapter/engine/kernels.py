@@ -1,0 +1,230 @@
+"""One matrix times some rows, in each of the ways that torch has on this machine.
+
+Rows in, [..., in]; rows out, [..., out], in the type of the rows that came. A kernel takes a weight [out, in]
+and holds it in the form that it reads quickest. Only operators of torch are called; one that is missing here,
+or that gives a wrong product, says so. Knows nothing of models, or of which kernel is the best.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_FEW_ROWS = 3  # up to here the product that reads rows of a plain weight one by one is the quicker one
+_QUANTISED_ROWS = 1 << 12  # rows of a weight that are quantised at once
+_INT8_LIMIT = 127
+_LEAST_SCALE = 1e-30  # of a row of zeros
+_CHECKED_SHAPE = (3, 48, 64)  # rows, in, out of the product that a kernel is tried on
+
+
+class Kernel:
+    """Holds a weight and multiplies rows with it.
+
+    Attributes:
+        name: by which it is asked for.
+        precision: of what it computes with.
+        nbytes: memory of what it holds.
+    """
+
+    name: ClassVar[str]
+    precision: ClassVar[str]
+    tolerance: ClassVar[float]  # of the norm of a product of random numbers
+    nbytes: int
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        raise NotImplementedError
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return ``x @ weight.T + bias``, [..., out], of rows [..., in]."""
+        raise NotImplementedError
+
+
+class PlainFloat32(Kernel):
+    """What a linear layer does, in float32."""
+
+    name, precision, tolerance = "plain-fp32", "fp32", 1e-5
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.weight, self.bias = _owned(weight, torch.float32), _float(bias)
+        self.nbytes = self.weight.nbytes
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """As every kernel."""
+        return F.linear(x.float(), self.weight, self.bias).to(x.dtype)
+
+
+class MixedFloat32(PlainFloat32):
+    """Few rows as a linear layer does it; more by oneDNN, which reads the same weight once for all."""
+
+    name = "mixed-fp32"
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """As every kernel."""
+        if x.numel() <= _FEW_ROWS * x.shape[-1]:
+            return super().__call__(x)
+        return _pointwise(x.float().contiguous(), self.weight, self.bias).to(x.dtype)
+
+
+class PackedFloat32(Kernel):
+    """A weight in the blocks that oneDNN reads quickest."""
+
+    name, precision, tolerance = "packed-fp32", "fp32", 1e-5
+    dtype: ClassVar[torch.dtype] = torch.float32
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        weight = weight.to(self.dtype).contiguous()
+        self.nbytes = weight.nbytes
+        self.packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight)
+        self.bias = None if bias is None else _owned(bias, self.dtype)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """As every kernel."""
+        return _pointwise(x.to(self.dtype).contiguous(), self.packed, self.bias).to(x.dtype)
+
+
+class PackedBfloat16(PackedFloat32):
+    """The same in bfloat16; products are added up in float32."""
+
+    name, precision, tolerance = "packed-bf16", "bf16", 2e-2
+    dtype = torch.bfloat16
+
+
+class PlainBfloat16(Kernel):
+    """What a linear layer does, in bfloat16."""
+
+    name, precision, tolerance = "plain-bf16", "bf16", 2e-2
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.weight = _owned(weight, torch.bfloat16)
+        self.bias = None if bias is None else _owned(bias, torch.bfloat16)
+        self.nbytes = self.weight.nbytes
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """As every kernel."""
+        return F.linear(x.to(torch.bfloat16), self.weight, self.bias).to(x.dtype)
+
+
+class RowwiseInt8(Kernel):
+    """Weight and rows in 8 bits: a scale for each output of the weight, and one for each row when it comes.
+
+    A row is never coarser for what stands beside it, so that rows come out as they do alone. Sums of products
+    are exact in 32 bits; they are scaled, and the bias is added, in float32.
+    """
+
+    name, precision, tolerance = "rowwise-int8", "int8", 3e-2
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        quantised, self.scale = quantise_rows(weight)
+        self.packed: Tensor = torch.ops.onednn.qlinear_prepack(quantised, None)
+        self.nbytes = quantised.nbytes + self.scale.nbytes
+        self.zero = torch.zeros(len(quantised), dtype=torch.int32)
+        self.bias = _float(bias)
+        self._multiply: Callable[..., Tensor] = torch.ops.onednn.qlinear_pointwise.default
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """As every kernel."""
+        rows = x.float()
+        scale = rows.abs().amax(dim=-1, keepdim=True).clamp_(min=_LEAST_SCALE).mul_(1 / _INT8_LIMIT)
+        whole = (rows / scale).round_().to(torch.int8)
+        sums = self._multiply(
+            whole, 1.0, 0, self.packed, self.scale, self.zero, None, 1.0, 0, torch.float32, "none", [], ""
+        )
+        product = sums.mul_(scale) if self.bias is None else torch.addcmul(self.bias, sums, scale)
+        return product.to(x.dtype)
+
+
+class WeightOnlyInt8(Kernel):
+    """A weight in 8 bits, with a scale for each output; rows stay in bfloat16."""
+
+    name, precision, tolerance = "weight-only-int8", "int8", 3e-2
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self.weight, scale = quantise_rows(weight)
+        self.scale = scale.to(torch.bfloat16)
+        self.bias = _float(bias)
+        self.nbytes = self.weight.nbytes + self.scale.nbytes
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """As every kernel."""
+        rows = x.reshape(-1, x.shape[-1]).to(torch.bfloat16).contiguous()
+        product: Tensor = torch.ops.aten._weight_int8pack_mm(rows, self.weight, self.scale)
+        product = product.view(*x.shape[:-1], -1)
+        return product.to(x.dtype) if self.bias is None else (product + self.bias).to(x.dtype)
+
+
+KERNELS: dict[str, type[Kernel]] = {
+    kernel.name: kernel
+    for kernel in (
+        MixedFloat32,
+        PackedFloat32,
+        PlainFloat32,
+        PackedBfloat16,
+        PlainBfloat16,
+        RowwiseInt8,
+        WeightOnlyInt8,
+    )
+}
+"""Kernels by name, those that are preferred unmeasured first."""
+
+
+def allowed(precision: str) -> tuple[type[Kernel], ...]:
+    """Kernels of a precision that work on this machine, at least one.
+
+    Where none of 8 bits does, those of bfloat16 stand in.
+    """
+    order = {"fp32": ("fp32",), "bf16": ("bf16",), "int8": ("int8", "bf16")}[precision]
+    for one in order:
+        found = tuple(
+            kernel for kernel in KERNELS.values() if kernel.precision == one and not why_not(kernel)
+        )
+        if found:
+            return found
+    return (PlainFloat32,)
+
+
+@cache
+def why_not(kernel: type[Kernel]) -> str:
+    """Return why a kernel cannot be used on this machine, empty if it can: it is tried on a small product."""
+    rows, width, outputs = _CHECKED_SHAPE
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(rows, width, generator=generator)
+    # One row and one output at their limits, where sums that are too narrow would overflow.
+    x[0], weight = 1.0, torch.randn(outputs, width, generator=generator)
+    weight[0] = weight.abs().max()
+    bias = torch.randn(outputs, generator=generator)
+    try:
+        with torch.no_grad():
+            came, expected = kernel(weight, bias)(x), F.linear(x, weight, bias)
+    except (AttributeError, RuntimeError) as error:  # NotImplementedError is one
+        return f"torch has no such operator here: {str(error).splitlines()[0]}"
+    worst = float(((came - expected).norm(dim=-1) / expected.norm(dim=-1)).max())
+    return "" if worst <= kernel.tolerance else f"its product is off by {worst:.1%}"
+
+
+def quantise_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a weight [out, in] in 8 bits and the scale of each of its rows, float32 [out]."""
+    quantised = torch.empty(weight.shape, dtype=torch.int8)
+    scales = torch.empty(len(weight))
+    for start in range(0, len(weight), _QUANTISED_ROWS):  # in pieces, as the float32 of all would not fit
+        piece = weight[start : start + _QUANTISED_ROWS].float()
+        scale = piece.abs().amax(dim=1).clamp_(min=_LEAST_SCALE).mul_(1 / _INT8_LIMIT)
+        quantised[start : start + _QUANTISED_ROWS] = (piece / scale[:, None]).round_()
+        scales[start : start + _QUANTISED_ROWS] = scale
+    return quantised, scales
+
+
+def _pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return product
+
+
+def _owned(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor in another type; the one that came if it is of that type."""
+    return tensor.detach().to(dtype).contiguous()
+
+
+def _float(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else _owned(bias, torch.float32)
