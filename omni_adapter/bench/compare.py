@@ -130,7 +130,9 @@ def _measure(workshop: Workshop, section: str) -> dict[str, Any]:
         measured = {"error": " ".join(f"{type(error).__name__}: {error}".split())}
         workshop.say(f"{section} failed: {measured['error']}")
     took_s = time.perf_counter() - started_s
-    return {**measured, "took_s": took_s, "load_average": [load, _load_average()]}
+    section_of = {**measured, "took_s": took_s, "load_average": [load, _load_average()]}
+    plain: dict[str, Any] = json.loads(json.dumps(section_of))
+    return plain
 
 
 def _load(save: Path | None, *, name: str, settings: CompareSettings, device: torch.device) -> dict[str, Any]:

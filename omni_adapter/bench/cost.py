@@ -88,7 +88,6 @@ def compare_memory(workshop: Workshop) -> dict[str, Any]:
     return {"rows": rows, "not_available": failures}
 
 
-@torch.inference_mode()
 def compare_error(workshop: Workshop) -> dict[str, Any]:
     """Say how far each precision is from float32, in the logits of all heads and in what is heard."""
     plain = workshop.talker("plain")
@@ -123,6 +122,7 @@ def relative_error(came: Tensor, expected: Tensor) -> float:
     return float((came - expected).norm() / expected.norm())
 
 
+@torch.inference_mode()
 def _outputs(talker: OmniAdapter, grid: Tensor, workshop: Workshop) -> dict[str, Tensor]:
     """Logits of a grid, and the embeddings of the question."""
     output = talker.model(grid)

@@ -171,9 +171,11 @@ def _speaking_at_once(workshop: Workshop) -> list[Row]:
 def compare_sizes(workshop: Workshop) -> dict[str, Any]:
     """Time steps of talkers of several sizes, one at a time, with random weights."""
     workshop.release()
-    modes = [mode for mode in MODES if mode.name in _SIZE_MODES and mode.name not in workshop.failures]
-    if any(why_not(mode) for mode in modes):
-        modes = [mode for mode in MODES if mode.precision is None]
+    modes = [
+        mode
+        for mode in MODES
+        if mode.name in _SIZE_MODES and mode.name not in workshop.failures and why_not(mode) is None
+    ] or [mode for mode in MODES if mode.precision is None]
     meter = BandwidthMeter(workshop.device, size_bytes=workshop.settings.bandwidth_bytes)
     meter.measure(1)
     rows = []
