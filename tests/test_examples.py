@@ -78,6 +78,15 @@ def test_stream_to_file(run, talker_folder, question, tmp_path):
     assert soundfile.info(tmp_path / "reply.wav").duration == pytest.approx(4.4, abs=0.1)
 
 
+@pytest.mark.parametrize("hearing", [(), ("blocks",)])
+def test_talk_while_listening(run, talker_folder, speak, hearing):
+    printed = run("talk_while_listening.py", talker_folder, speak("How are you?"), *hearing)
+    spoken_s = soundfile.info(speak("How are you?")).duration
+    assert f"{spoken_s:.1f} s heard as they were spoken; a piece took at most" in printed
+    assert "end of the question -> first sound: " in printed
+    assert "the same with the whole recording: " in printed
+
+
 def test_batch_of_questions(run, talker_folder, speak, tmp_path):
     first, second = tmp_path / "a.wav", tmp_path / "b.wav"
     shutil.copy(speak("What is the capital of France?"), first)

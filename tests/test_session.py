@@ -62,7 +62,7 @@ def test_likewise_in_blocks(blocks_talker, question, seed):
 def test_likewise_with_draws_and_penalties(blocks_talker, question):
     from omni_adapter import SamplingSettings
 
-    sampling = SamplingSettings(temperature=1.0, top_k=20, repetition_penalty=1.3)
+    sampling = SamplingSettings(do_sample=True, temperature=1.0, top_k=20, repetition_penalty=1.3)
     options = {**OPTIONS, "text_sampling": sampling, "code_sampling": sampling, "seed": 3}
     with blocks_talker.session(**options) as session:
         say(session, question)
