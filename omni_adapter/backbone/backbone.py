@@ -193,9 +193,9 @@ class Backbone(Runner):
         rounding.
         """
         facts = (self.hidden_width, self.embedding_rms, self.padding_is_exact, self._chunks_are_exact)
-        plan = self._cache_plan
+        ways = (self.projects, bool(self._bodies_alone), self._cache_plan is not None)
         self._is_settled = True
-        logger.debug("%s: %s, fixed cache: %s", class_name(self.lm), facts, plan is not None)
+        logger.debug("%s: %s, %s", class_name(self.lm), facts, ways)
 
     def tap_final_norm(self) -> None:
         """Let every pass from now on also return what enters the LM's final norm, as ``tapped``.

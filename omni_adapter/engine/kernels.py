@@ -185,9 +185,14 @@ def allowed(precision: str) -> tuple[type[Kernel], ...]:
     return (PlainFloat32,)
 
 
-@cache
 def why_not(kernel: type[Kernel]) -> str:
     """Return why a kernel cannot be used on this machine, empty if it can: it is tried on a small product."""
+    return _why_not(kernel.name)
+
+
+@cache
+def _why_not(name: str) -> str:
+    kernel = KERNELS[name]
     rows, width, outputs = _CHECKED_SHAPE
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(rows, width, generator=generator)

@@ -93,18 +93,17 @@ def cast(part: Part, *, fuse: bool = True) -> Casting:
     for name in [name for name in layers if _role(name) not in called]:
         found.kept[name] = "its parent does not call it"
         del layers[name]
-    groups = _groups(calls, layers) if fuse else [(name,) for name in layers]
-    alone = [(name,) for name in layers]
-    for candidate in (groups, alone):
+    alone: list[tuple[str, ...]] = [(name,) for name in layers]
+    for candidate in (_groups(calls, layers) if fuse else alone, alone):
         if _plays(part, layers, candidate, found.outputs):
             found.groups = candidate
             return found
     for role in sorted({_role(name) for name in layers}):
-        one = [(name,) for name in layers if _role(name) == role]
+        one = [group for group in alone if _role(group[0]) == role]
         if _plays(part, layers, one, found.outputs):
             found.groups += one
         else:
-            found.kept |= {name: "its parent reads the weight itself" for (name,) in one}
+            found.kept |= {group[0]: "its parent reads the weight itself" for group in one}
     return found
 
 
