@@ -260,6 +260,12 @@ class Backbone(Runner):
         return probes.padding_is_exact(self)
 
     @cached_property
+    def rows_can_join(self) -> bool:
+        """Whether rows that join others in a cache of fixed size go on as they do alone; tried when asked."""
+        plan = self._cache_plan
+        return self.padding_is_exact and plan is not None and probes.joins_are_exact(self, plan)
+
+    @cached_property
     def packing(self) -> Packing | None:
         """How several samples in one row can be kept apart, None if they cannot; tried when first asked."""
         return find_packing(self)

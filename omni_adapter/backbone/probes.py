@@ -341,6 +341,45 @@ def find_cache_plan(runner: Runner) -> CachePlan | None:
     return None
 
 
+@probe
+def joins_are_exact(runner: Runner, plan: CachePlan) -> bool:
+    """Let a row join a longer one, which then leaves, and compare its steps with those of the same row alone.
+
+    An LM that counts positions by the columns of its cache, whatever ``position_ids`` say, fails.
+    """
+    row = sample(runner)
+    late = PROBE_STEPS // 2
+    new = [row[:, index : index + 1] for index in range(late, late + 2)]
+
+    def read(steps: Tensor) -> BackboneOutput:
+        cache = caches.make(plan, rows=2, capacity=PROBE_STEPS + 2)
+        return runner.run(Steps(steps), cache, use_cache=True)
+
+    mask = torch.ones(2, PROBE_STEPS + 1, dtype=torch.long, device=row.device)
+    mask[1, : PROBE_STEPS - late] = 0
+    with Tolerated():
+        alone, longer, joined = read(row[:, :late]), read(row.flip(1)), read(row[:, :late])
+        assert alone.cache is not None
+        assert longer.cache is not None
+        assert joined.cache is not None
+        positions = torch.tensor([[PROBE_STEPS], [late]], device=row.device)
+        both = caches.join(longer.cache, joined.cache)
+        first = runner.run(Steps(new[0].repeat(2, 1, 1), mask, positions), both, use_cache=True)
+        assert first.cache is not None
+        left = caches.trim(
+            caches.keep_rows(caches.select_rows(first.cache, positions.new_tensor([1])), [0]),
+            PROBE_STEPS - late,
+        )
+        own = torch.ones_like(mask[1:, : late + 2])
+        second = runner.run(Steps(new[1], own, positions[1:] + 1), left)
+        expected = runner.run(Steps(new[0]), alone.cache, use_cache=True)
+        after = runner.run(Steps(new[1]), expected.cache)
+        return is_close(first.hidden[1:], expected.hidden, runner=runner, slack=_CACHE_SLACK) and is_close(
+            second.hidden, after.hidden, runner=runner, slack=_CACHE_SLACK
+        )
+    return False
+
+
 def _is_same(own: BackboneOutput, fixed: BackboneOutput, runner: Runner) -> bool:
     """Whether two passes gave the same, but for the rounding that another place in memory may bring."""
     return is_close(fixed.hidden, own.hidden, runner=runner) and is_close(
