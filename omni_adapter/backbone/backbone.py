@@ -138,7 +138,9 @@ class Backbone(Runner):
             Logits, [B, S, V]; they are the LM's only if ``projects``.
         """
         if self._head_gives_logits:
-            logits: Tensor = self.lm.get_output_embeddings()(hidden)
+            head = inspection.find_head(self.lm)
+            assert head is not None
+            logits: Tensor = head(hidden)
             return logits
         return projection.project(self, hidden, body=self._body)
 

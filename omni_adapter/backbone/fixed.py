@@ -47,7 +47,7 @@ class RowLayer(Protocol):
         """Forget the first ``steps`` steps, which every row has as padding."""
 
 
-class FixedLayer(DynamicLayer):
+class FixedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     """Keys and values of all steps.
 
     Args:
@@ -56,7 +56,7 @@ class FixedLayer(DynamicLayer):
     """
 
     def __init__(self, *, rows: int, capacity: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._hold(rows, capacity)
 
     def _hold(self, rows: int, capacity: int) -> None:
@@ -138,7 +138,7 @@ class FixedLayer(DynamicLayer):
             self.keys, self.values = self.key_buffer.filled, self.value_buffer.filled
 
 
-class FixedWindowLayer(FixedLayer, DynamicSlidingWindowLayer):
+class FixedWindowLayer(FixedLayer, DynamicSlidingWindowLayer):  # type: ignore[no-untyped-call]
     """Keys and values of the last steps, one fewer than the window, as the newest step is the window's last.
 
     Args:
@@ -223,8 +223,7 @@ class StateLayer(LinearAttentionLayer):
 
     def keep_rows(self, indices: Sequence[int]) -> None:
         """Keep the rows ``indices``."""
-        if self.device is not None:
-            LinearAttentionLayer.reorder_cache(self, torch.tensor(indices, dtype=torch.long))
+        LinearAttentionLayer.reorder_cache(self, torch.tensor(indices, dtype=torch.long))  # type: ignore[arg-type]
 
     def join(self, other: "StateLayer") -> None:
         """Take the rows of ``other`` behind the own ones; a state knows no steps to align."""
@@ -249,7 +248,9 @@ class StateLayer(LinearAttentionLayer):
         """Nothing: a state holds no single steps."""
 
 
-class FixedHybridLayer(StateLayer, FixedLayer, LinearAttentionAndFullAttentionLayer):
+class FixedHybridLayer(  # type: ignore[misc, override, no-untyped-call]  # transformers' own mix of bases
+    StateLayer, FixedLayer, LinearAttentionAndFullAttentionLayer
+):
     """A state and keys and values beside it.
 
     Args:
@@ -270,7 +271,7 @@ class FixedHybridLayer(StateLayer, FixedLayer, LinearAttentionAndFullAttentionLa
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Gather rows into memory of their own."""
-        LinearAttentionLayer.reorder_cache(self, beam_idx)
+        LinearAttentionLayer.reorder_cache(self, beam_idx)  # type: ignore[arg-type]
         FixedLayer.reorder_cache(self, beam_idx)
 
     def keep_rows(self, indices: Sequence[int]) -> None:
@@ -384,7 +385,7 @@ def _plan_layer(layer: Any, rows: int) -> LayerPlan | None:
             other_bytes=layer._sliding_window_tensor.nbytes,
         )
     if kind is DummyLayer:
-        return LayerPlan(lambda rows, capacity: NothingLayer())
+        return LayerPlan(lambda rows, capacity: NothingLayer())  # type: ignore[no-untyped-call]
     if kind not in (LinearAttentionLayer, LinearAttentionAndFullAttentionLayer):
         return None
     count: int = layer.number_of_states

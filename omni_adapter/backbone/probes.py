@@ -323,7 +323,7 @@ def find_cache_plan(runner: Runner) -> CachePlan | None:
     pair = sample(runner).repeat(2, 1, 1)
     pair[1] = pair[1].flip(0)
     half = PROBE_STEPS // 2
-    rest = [Steps(step) for step in pair[:, half:].split(1, dim=1)]
+    rest = [Steps(pair[:, index : index + 1]) for index in range(half, PROBE_STEPS)]
     with Tolerated():
         own = runner.run(Steps(pair[:, :half]), use_cache=True)
         plan = None if own.cache is None else plan_cache(own.cache.states, rows=2)

@@ -251,7 +251,7 @@ def _parameters(kind: type[nn.Module]) -> frozenset[str] | None:
 
 def _taken(module: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
     """Those of the arguments that a module takes."""
-    names = _parameters(type(module))
+    names = _parameters(type(module))  # type: ignore[arg-type]  # a class can be hashed
     return arguments if names is None else {name: arguments[name] for name in arguments if name in names}
 
 
