@@ -1,0 +1,158 @@
+"""Each kernel against the plain product, for rows of any number and type."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from omni_adapter.engine import kernels
+from omni_adapter.engine.kernels import KERNELS, Kernel, RowwiseInt8, allowed, quantise_rows, why_not
+from omni_adapter.engine.selection import Selection, Shape
+from omni_adapter.errors import ConfigError
+
+USABLE = [kernel for kernel in KERNELS.values() if not why_not(kernel)]
+
+
+def relative(came, expected) -> float:
+    return float((came.float() - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("kernel", USABLE, ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize("shape", [(1, 64), (2, 1, 64), (9, 64), (2, 40, 64)], ids=str)
+@pytest.mark.parametrize("has_bias", [False, True])
+@torch.no_grad()
+def test_product_is_the_plain_one_within_its_tolerance(kernel, shape, has_bias):
+    torch.manual_seed(0)
+    weight, bias = torch.randn(48, 64), torch.randn(48) if has_bias else None
+    x = torch.randn(shape)
+    expected = F.linear(x, weight, bias)
+    came = kernel(weight, bias)(x)
+    assert came.shape == expected.shape
+    assert came.dtype == torch.float32
+    assert relative(came, expected) <= kernel.tolerance
+
+
+@pytest.mark.parametrize("kernel", USABLE, ids=lambda kernel: kernel.name)
+@torch.no_grad()
+def test_activations_keep_their_type(kernel):
+    torch.manual_seed(0)
+    weight, x = torch.randn(48, 64), torch.randn(3, 64)
+    came = kernel(weight.bfloat16(), None)(x.bfloat16())
+    assert came.dtype == torch.bfloat16
+    assert relative(came, F.linear(x, weight)) <= 3e-2
+
+
+@torch.no_grad()
+def test_plain_kernel_is_bit_identical():
+    torch.manual_seed(0)
+    weight, bias, x = torch.randn(48, 64), torch.randn(48), torch.randn(5, 64)
+    assert torch.equal(KERNELS["plain-fp32"](weight, bias)(x), F.linear(x, weight, bias))
+    few = KERNELS["mixed-fp32"](weight, bias)
+    assert torch.equal(few(x[:2]), F.linear(x[:2], weight, bias))
+    assert few.weight.data_ptr() == weight.data_ptr(), "the weight is not copied"
+
+
+@pytest.mark.skipif(RowwiseInt8 not in USABLE, reason=f"no 8-bit products here: {why_not(RowwiseInt8)}")
+@torch.no_grad()
+def test_a_row_in_8_bits_comes_out_as_it_does_alone():
+    """A neighbour with values a thousand times as large changes nothing, which per-tensor scales cannot do."""
+    torch.manual_seed(0)
+    kernel = RowwiseInt8(torch.randn(48, 64), torch.randn(48))
+    rows = torch.randn(4, 64) * torch.tensor([[1.0], [1000.0], [0.001], [0.0]])
+    together = kernel(rows)
+    for index in range(4):
+        assert torch.equal(kernel(rows[index : index + 1]), together[index : index + 1])
+    torch.testing.assert_close(together[3], kernel.bias)
+
+
+@torch.no_grad()
+def test_quantised_rows_are_half_a_step_off_at_most(monkeypatch):
+    monkeypatch.setattr(kernels, "_QUANTISED_ROWS", 5)
+    torch.manual_seed(0)
+    weight = torch.randn(13, 32) * torch.logspace(-3, 3, 13)[:, None]
+    weight[4] = 0
+    quantised, scale = quantise_rows(weight)
+    assert quantised.dtype == torch.int8
+    error = (quantised.float() * scale[:, None] - weight).abs()
+    assert bool((error <= 0.501 * scale[:, None]).all())
+    assert int(quantised.abs().max()) == 127
+
+
+def test_a_kernel_that_is_missing_or_wrong_says_so(monkeypatch):
+    class Missing(Kernel):
+        name, precision, tolerance = "missing", "int8", 1e-2
+
+        def __init__(self, weight, bias):
+            torch.ops.onednn.no_such_operator(weight)
+
+    class Wrong(KERNELS["plain-fp32"]):
+        name, precision = "wrong", "int8"
+
+        def __call__(self, x):
+            return super().__call__(x) * 1.01
+
+    monkeypatch.setitem(KERNELS, "missing", Missing)
+    monkeypatch.setitem(KERNELS, "wrong", Wrong)
+    assert "no such operator" in why_not(Missing)
+    assert why_not(Wrong) == "its product is off by 1.0%"
+    assert not {Missing, Wrong} & set(allowed("int8"))
+
+
+@pytest.mark.parametrize(
+    ("missing", "precision", "stand_in"),
+    [(("int8",), "int8", "bf16"), (("int8", "bf16"), "int8", "fp32"), (("bf16",), "bf16", "fp32")],
+)
+def test_where_a_precision_has_no_kernel_another_stands_in(monkeypatch, missing, precision, stand_in):
+    monkeypatch.setattr(kernels, "why_not", lambda kernel: "gone" * (kernel.precision in missing))
+    assert {kernel.precision for kernel in allowed(precision)} == {stand_in}
+
+
+def test_float32_uses_float32_arithmetic_only():
+    assert {kernel.precision for kernel in allowed("fp32")} == {"fp32"}
+
+
+BIG = Shape(512, 512, rows=2)
+
+
+def named(*names):
+    return [KERNELS[name] for name in names]
+
+
+def test_the_quickest_kernel_is_chosen():
+    mixed, packed = named("mixed-fp32", "packed-fp32")
+    choose = {"names": ["mixed-fp32", "packed-fp32"]}
+    quicker = {mixed: 2.0, packed: 1.0}
+    selection = Selection("fp32", seconds_of=lambda kernel, shape: quicker[kernel], **choose)
+    assert selection.kernel(BIG) is packed
+    nearly = {mixed: 2.0, packed: 1.95}
+    selection = Selection("fp32", seconds_of=lambda kernel, shape: nearly[kernel], **choose)
+    assert selection.kernel(BIG) is mixed, "the preferred one stays unless another is clearly quicker"
+    assert selection.kernel(Shape(8, 8, rows=2)) is mixed
+
+
+def test_measuring_stops_when_its_time_is_over(monkeypatch):
+    monkeypatch.setattr("omni_adapter.engine.selection._measured", {})
+    selection = Selection("fp32", budget_s=0.0)
+    assert selection.kernel(BIG) is selection.kernels[0]
+    assert selection.fuses([BIG, BIG])
+
+
+def test_siblings_are_fused_where_that_pays():
+    cost = {512: 3.0, 1024: 4.0}
+    selection = Selection("bf16", seconds_of=lambda kernel, shape: cost[shape.outputs])
+    assert selection.fuses([BIG, BIG])
+    cost[1024] = 7.0
+    assert not selection.fuses([BIG, BIG])
+    plain = Selection("fp32", names=["plain-fp32"])
+    assert not plain.fuses([BIG, BIG])
+
+
+def test_real_measurement_gives_a_kernel_of_the_precision():
+    selection = Selection("fp32", budget_s=0.5)
+    assert selection.kernel(BIG).precision == "fp32"
+
+
+def test_unknown_kernels_are_refused():
+    with pytest.raises(ConfigError, match="no kernel fastest for fp32 here; there are mixed-fp32"):
+        Selection("fp32", names=["fastest"])
+    with pytest.raises(ConfigError, match="no kernel packed-bf16 for fp32"):
+        Selection("fp32", names=["packed-bf16"])
