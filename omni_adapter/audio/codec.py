@@ -8,6 +8,7 @@ through one at a time: every sample comes from the same arithmetic however the c
 and whole decoding are equal bit for bit.
 """
 
+import copy
 import hashlib
 import json
 import math
@@ -83,23 +84,51 @@ class CodecStream:
     The chunks, put together, are what ``codec.decode`` gives for all codes at once. Samples come out as soon
     as later codes cannot change them: ``codec.context_samples[1]`` are held back.
 
+    With ``lookahead_frames`` sound comes sooner, and is not quite the same: samples are given out once that
+    many frames behind theirs are known, as if the codes ended there. As many samples come out in the end, and
+    what was given out never changes what follows. The fewer frames in one chunk, the larger the error.
+
     Args:
         codec: the codec.
         seed: seed of the decoder's noise.
+        lookahead_frames: frames behind a sample's own that it waits for at most; None for all that matter.
+
+    Raises:
+        ConfigError: if ``lookahead_frames`` is negative.
     """
 
-    def __init__(self, codec: Codec, *, seed: int = 0) -> None:
+    def __init__(self, codec: Codec, *, seed: int = 0, lookahead_frames: int | None = None) -> None:
+        if lookahead_frames is not None and lookahead_frames < 0:
+            raise ConfigError(f"lookahead_frames must be at least 0, or None, got {lookahead_frames}")
         self._codec = codec
         self._state = codec.start(seed=seed)
+        self._lookahead_frames = lookahead_frames
+        self._num_frames = 0
+        self._num_final = 0  # samples that can no longer change
+        self._ahead = 0  # samples given out beyond those
 
     def push(self, codes: Tensor) -> Tensor:
-        """Take the next codes [K, n] and return the samples [m] that can no longer change, float32."""
-        return self._codec.decode_chunk(codes[None], self._state)[0]
+        """Take the next codes [K, n] and return the next samples [m], float32."""
+        samples = self._codec.decode_chunk(codes[None], self._state)[0]
+        if self._lookahead_frames is None:
+            return samples
+        self._num_frames += codes.shape[-1]
+        self._num_final += len(samples)
+        given, self._ahead = self._ahead, max(0, self._ahead - len(samples))
+        frames = self._num_frames - self._lookahead_frames
+        due = frames * self._codec.spec.samples_per_frame - self._num_final
+        if due > self._ahead:
+            guessed = self._flush(copy.deepcopy(self._state))
+            samples, self._ahead = torch.cat((samples, guessed[:due])), due
+        return samples[given:]
 
     def finish(self) -> Tensor:
         """Return the samples [m] that were held back; the stream takes no codes after this."""
+        return self._flush(self._state)[self._ahead :]
+
+    def _flush(self, state: Any) -> Tensor:
         no_codes = torch.empty(1, self._codec.spec.num_codebooks, 0, dtype=torch.long)
-        return self._codec.decode_chunk(no_codes, self._state, last=True)[0]
+        return self._codec.decode_chunk(no_codes, state, last=True)[0]
 
 
 @pydantic_dataclass(frozen=True, config=ConfigDict(extra="forbid"))

@@ -1,3 +1,4 @@
+import copy
 import json
 
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from omni_adapter.audio.codec import CodecStream, SnacCodec, levels_from_rows, rows_from_levels
+from omni_adapter.audio.snac_decoder import DecoderState, can_join, join_states, select_states
 from omni_adapter.config import CodecSpec
 from omni_adapter.errors import AudioError, CheckpointError, CodeGridError, ConfigError
 
@@ -151,6 +153,144 @@ def test_a_stream_holds_back_only_what_can_still_change(codec):
     frame, look_ahead = codec.spec.samples_per_frame, codec.context_samples[1]
     assert counts == [max(0, frame * (n + 1) - look_ahead) for n in range(8)]
     assert given_out + len(stream.finish()) == 8 * frame
+
+
+def streamed(codec, codes, *, chunk=1, **options):
+    """Chunks of one conversation's codes [K, T], the last from ``finish``."""
+    stream = CodecStream(codec, **options)
+    return [stream.push(part) for part in codes.split(chunk, dim=-1)] + [stream.finish()]
+
+
+def signal_to_error(samples, expected):
+    """Decibels."""
+    return float(10 * torch.log10(expected.square().sum() / (samples - expected).square().sum()))
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 100])
+@pytest.mark.parametrize("lookahead", [0, 1, 2])
+def test_less_lookahead_comes_sooner_and_is_as_long(codec, lookahead, chunk):
+    codes, frame = random_codes(codec, 8)[0], codec.spec.samples_per_frame
+    parts = streamed(codec, codes, chunk=chunk, lookahead_frames=lookahead)
+    known = [min(8, chunk * (place + 1)) for place in range(len(parts) - 1)]
+    final = [max(0, frame * frames - codec.context_samples[1]) for frames in known]
+    assert torch.tensor([len(part) for part in parts[:-1]]).cumsum(0).tolist() == [
+        max(sure, frame * max(0, frames - lookahead)) for frames, sure in zip(known, final, strict=True)
+    ]
+    assert sum(len(part) for part in parts) == 8 * frame
+
+
+def test_the_error_of_less_lookahead_is_as_stated(codec):
+    codes = random_codes(codec, 12)
+    whole = codec.decode(codes)[0]
+    ratios = [
+        signal_to_error(torch.cat(streamed(codec, codes[0], lookahead_frames=frames)), whole)
+        for frames in (0, 1, 2)
+    ]
+    assert ratios[0] > 3
+    assert ratios[1] > 12
+    assert ratios[2] > 40
+    assert torch.equal(torch.cat(streamed(codec, codes[0], lookahead_frames=3)), whole)
+
+
+def test_what_was_given_out_early_leaves_no_trace(codec):
+    """The last samples of a stream come after all guesses, and from no guess."""
+    codes, frame = random_codes(codec, 9), codec.spec.samples_per_frame
+    early = torch.cat(streamed(codec, codes[0], lookahead_frames=1))
+    assert torch.equal(early[-frame:], codec.decode(codes)[0, -frame:])
+
+
+def test_lookahead_is_no_negative_number(codec):
+    with pytest.raises(ConfigError, match="lookahead_frames must be at least 0, or None, got -1"):
+        CodecStream(codec, lookahead_frames=-1)
+
+
+def after(codec, codes, **options):
+    """State of one conversation after its codes [K, n], and its samples [m]."""
+    state = codec.start(**options)
+    return state, codec.decode_chunk(codes[None], state)[0]
+
+
+def test_streams_that_join_are_as_if_alone(codec):
+    codes = random_codes(codec, 14, batch=3)
+    first, samples_of_first = after(codec, codes[0, :, :10], seed=5)
+    second, samples_of_second = after(codec, codes[1, :, :4], seed=6)
+    joined = join_states([first, second])
+    both = codec.decode_chunk(torch.stack((codes[0, :, 10:12], codes[1, :, 4:6])), joined)
+    third, samples_of_third = after(codec, codes[2, :, :3], seed=7, first_frame=2)
+    joined = join_states([third, select_states(joined, [1])])  # the first goes
+    rest = codec.decode_chunk(torch.stack((codes[2, :, 3:8], codes[1, :, 6:11])), joined, last=True)
+    for samples, alone in (
+        (torch.cat((samples_of_first, both[0])), codec.decode(codes[:1, :, :12], seed=5)[0]),
+        (torch.cat((samples_of_second, both[1], rest[1])), codec.decode(codes[1:2, :, :11], seed=6)[0]),
+        (torch.cat((samples_of_third, rest[0])), codec.decode(codes[2:, :, :8], seed=7, first_frame=2)[0]),
+    ):
+        torch.testing.assert_close(samples, alone[: len(samples)], rtol=0, atol=2e-6)
+
+
+def test_joining_leaves_its_streams_as_they_were(codec):
+    codes = random_codes(codec, 6)
+    state, _ = after(codec, codes[0, :, :4])
+    other, _ = after(codec, codes[0, :, :5])
+    before = {name: held.clone() for name, held in state.buffers.items()}
+    codec.decode_chunk(codes[..., 4:].expand(2, -1, -1), join_states([state, other]), last=True)
+    assert state.num_frames == 4
+    assert not state.finished
+    assert all(torch.equal(held, before[name]) for name, held in state.buffers.items())
+
+
+def test_a_stream_in_its_first_frames_cannot_join_an_older_one(codec):
+    codes = random_codes(codec, 6)[0]
+    young, _ = after(codec, codes[:, :1])
+    old, _ = after(codec, codes)
+    assert not can_join(old, young)
+    assert can_join(young, after(codec, codes[:, 2:3])[0])
+    with pytest.raises(CodeGridError, match="stream 1 holds back another number of samples after 1 frames"):
+        join_states([old, young])
+
+
+def test_a_state_can_be_copied(codec):
+    codes = random_codes(codec, 6)
+    state, _ = after(codec, codes[0, :, :4])
+    twin = copy.deepcopy(state)
+    assert isinstance(twin, DecoderState)
+    expected = codec.decode_chunk(codes[..., 4:], twin, last=True)
+    assert torch.equal(codec.decode_chunk(codes[..., 4:], state, last=True), expected)
+
+
+def test_rounded_products_have_a_bounded_error():
+    codec = lively(SnacCodec.from_model(snac_model()))
+    codes = random_codes(codec, 8)
+    exact = codec.decode(codes)
+    codec.pack("bf16")
+    rounded = codec.decode(codes)
+    assert 30 < signal_to_error(rounded, exact) < 80
+    assert torch.equal(torch.cat(streamed(codec, codes[0], chunk=3)), rounded[0])
+    assert codec.fingerprint()["codebooks_sha256"]
+    codec.pack("fp32")
+    assert torch.equal(codec.decode(codes), exact)
+    with pytest.raises(ConfigError, match="one of fp32, bf16, got 'int3'"):
+        codec.pack("int3")
+
+
+def test_changed_weights_are_heard():
+    codec = SnacCodec.from_model(snac_model())
+    codes = random_codes(codec, 3)
+    before = codec.decode(codes)
+    after_change = lively(codec).decode(codes)
+    assert not torch.equal(before, after_change)
+    assert torch.equal(after_change, SnacCodec.from_model(codec.model).decode(codes))
+
+
+def test_a_snake_without_a_wave_is_the_identity():
+    codec = lively(SnacCodec.from_model(snac_model(noise=False)))
+    with torch.no_grad():
+        for name, parameter in codec.model.decoder.named_parameters():
+            if name.endswith("alpha"):
+                parameter[:, ::2] = 0
+    codes = random_codes(codec, 4)
+    with torch.no_grad():
+        expected = codec.model.decode(levels_from_rows(codes, codec.spec))[:, 0]
+    torch.testing.assert_close(codec.decode(codes), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("settings", [TRUE_STRIDES, OTHER_STRIDES])
