@@ -162,6 +162,12 @@ class Decoding:
     ] = 1024
     seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0
     stride: Annotated[int, typer.Option(help="Frames of sound per chunk.")] = 4
+    lookahead_frames: Annotated[
+        int | None,
+        typer.Option(
+            help="Frames that sound waits for; default: all that matter. 1 or 2 come sooner, not exact."
+        ),
+    ] = None
     batch_parallel: Annotated[
         bool,
         typer.Option(
@@ -197,6 +203,7 @@ class Decoding:
             seed=self.seed,
             batch_parallel=self.batch_parallel,
             stride=self.stride,
+            lookahead_frames=self.lookahead_frames,
         )
 
 

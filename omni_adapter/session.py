@@ -258,6 +258,7 @@ class Session:
             rules=self._processor.rules,
             stride=generation.stride,
             seed=generation.seed,
+            lookahead_frames=generation.lookahead_frames,
         )
 
     def _new_hearing(self) -> Hearing:

@@ -384,6 +384,7 @@ class OmniAdapter:
                 rules=rules,
                 stride=chosen.stride,
                 seed=chosen.seed,
+                lookahead_frames=chosen.lookahead_frames,
             ),
             num_conversations=len(samples),
             started_s=started_s,

@@ -43,6 +43,8 @@ class GenerationSettings:
         batch_parallel: let a second row without codes write the text (paper, section 3.3); for tasks that
             speak.
         stride: frames per chunk of sound; the first chunk comes as soon as any sound is final.
+        lookahead_frames: frames behind a sample's own that its sound waits for; None for all that matter,
+            which makes it exact. Fewer make it come sooner, with an error (see ``CodecStream``).
     """
 
     max_new_tokens: int = 1024
@@ -51,12 +53,15 @@ class GenerationSettings:
     seed: int = 0
     batch_parallel: bool = True
     stride: int = 4
+    lookahead_frames: int | None = None
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
         if self.stride < 1:
             raise ConfigError(f"stride must be at least 1 frame, got {self.stride}")
+        if self.lookahead_frames is not None and self.lookahead_frames < 0:
+            raise ConfigError(f"lookahead_frames must be at least 0, or None, got {self.lookahead_frames}")
 
 
 class Step(NamedTuple):

@@ -141,19 +141,30 @@ class Voice:
         rules: delays and ids of the code rows.
         stride: frames per chunk of sound; the first chunk comes as soon as any sound is final.
         seed: seed of the codec's noise.
+        lookahead_frames: frames that a sample waits for at most, see :class:`CodecStream`.
     """
 
-    def __init__(self, codec: Codec, *, rules: GridRules, stride: int, seed: int) -> None:
+    def __init__(
+        self,
+        codec: Codec,
+        *,
+        rules: GridRules,
+        stride: int,
+        seed: int,
+        lookahead_frames: int | None = None,
+    ) -> None:
         self.rules = rules
         self.stride = stride
-        self.stream = CodecStream(codec, seed=seed)
+        self.stream = CodecStream(codec, seed=seed, lookahead_frames=lookahead_frames)
         self.undelay = UndelayState()
         self.waiting: list[Tensor] = []  # frames [K, m] not yet decoded
         self.held = torch.zeros(rules.num_codebooks, dtype=torch.long)  # last code of each row
         self.started = False
         spec = codec.spec
         lookahead = codec.context_samples[1] if codec.context_samples else 0
-        self.first_stride = min(stride, lookahead // spec.samples_per_frame + 1)
+        exact = lookahead // spec.samples_per_frame
+        waits_for = exact if lookahead_frames is None else min(exact, lookahead_frames)
+        self.first_stride = min(stride, waits_for + 1)
 
     def push(self, codes: Tensor) -> Tensor:
         """Return the sound [n] that one step of delayed ids [K] makes final."""
@@ -201,6 +212,7 @@ class Rendering:
         rules: ids and delays of the grid.
         stride: frames per chunk of sound.
         seed: seed of the codec's noise.
+        lookahead_frames: frames that a sample waits for at most; None makes the sound exact.
     """
 
     tokenizer: Any
@@ -210,12 +222,19 @@ class Rendering:
     rules: GridRules
     stride: int
     seed: int
+    lookahead_frames: int | None = None
 
     def listener(self) -> "_Listener":
         """Return a fresh listener for one conversation."""
-        voice = (
-            Voice(self.codec, rules=self.rules, stride=self.stride, seed=self.seed) if self.speaks else None
-        )
+        voice = None
+        if self.speaks:
+            voice = Voice(
+                self.codec,
+                rules=self.rules,
+                stride=self.stride,
+                seed=self.seed,
+                lookahead_frames=self.lookahead_frames,
+            )
         hidden_ids = frozenset((*self.text_end_ids, self.rules.no_text))
         return _Listener(TextStream(self.tokenizer), voice, hidden_ids)
 
