@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from omni_adapter.generation.sampling import SamplingSettings
     from omni_adapter.generation.streaming import Chunk, Reply
     from omni_adapter.model import OmniModel
+    from omni_adapter.session import Session
     from omni_adapter.talker import OmniAdapter
 
 __version__ = "0.1.0"
@@ -46,6 +47,7 @@ __all__ = [
     "PromptError",
     "Reply",
     "SamplingSettings",
+    "Session",
     "SnacCodec",
 ]
 
@@ -65,6 +67,7 @@ _HOMES = {
     "omni_adapter.generation.sampling": ("SamplingSettings",),
     "omni_adapter.generation.streaming": ("Chunk", "Reply"),
     "omni_adapter.model": ("OmniModel",),
+    "omni_adapter.session": ("Session",),
     "omni_adapter.talker": ("OmniAdapter",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

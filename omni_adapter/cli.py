@@ -417,6 +417,13 @@ def wrap(
     dtype: Annotated[Dtype, typer.Option(help="Type of the weights; auto takes that of the files.")] = (
         Dtype.AUTO
     ),
+    encoder_block_seconds: Annotated[
+        float | None,
+        typer.Option(
+            help="Hear in blocks of so many seconds, so that questions can be encoded while they are spoken; "
+            "default: whole windows."
+        ),
+    ] = None,
     *,
     grafts: Grafts,
 ) -> None:
@@ -430,7 +437,8 @@ def wrap(
 
     with _working(f"wrapping {base}"):
         _prepare_hub(base, grafts.encoder, grafts.codec)
-        talker = OmniAdapter.wrap(base, seed=seed, dtype=dtype.value, **asdict(grafts))
+        settings = {**asdict(grafts), "encoder_block_seconds": encoder_block_seconds}
+        talker = OmniAdapter.wrap(base, seed=seed, dtype=dtype.value, **settings)
         talker.save_pretrained(out, include=_names(include))
     added = sum(parameter.numel() for _, parameter in talker.model.added_parameters())
     _note(

@@ -336,6 +336,13 @@ def test_wrap_then_talk(run, talker_folder, grafts):
     assert run("talk", "--text", "Hello!", "--model", "mine", *SHORT).exit_code == 0
 
 
+def test_wrap_to_hear_in_blocks(run, talker_folder, grafts):
+    arguments = ("wrap", talker_folder / "base", "--out", "mine", *grafts, "--encoder-block-seconds")
+    refused(run(*arguments, 0.05), "must be a multiple of the encoder's 0.02 s a frame, got 0.05; try 0.04")
+    assert run(*arguments, 0.4).exit_code == 0
+    assert json.loads(Path("mine/omni_config.json").read_text())["encoder_block_seconds"] == 0.4
+
+
 def test_wrap_with_parts_then_export(run, talker_folder, grafts):
     assert (
         run("wrap", talker_folder / "base", "--out", "mine", "--include", "base, codec", *grafts).exit_code

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from omni_adapter import OmniAdapter
 from omni_adapter.audio.clips import Clips
 from omni_adapter.audio.waveform import read_waveform
 from omni_adapter.config import AudioAdapterConfig
@@ -102,6 +103,15 @@ def test_a_talker_that_hears_in_blocks_is_exact(blocks_talker, waveform):
         blocks_talker.model, blocks_talker.processor.log_mel, waveforms=[waveform], block_seconds=0.4
     )
     assert error.worst_embedding < 1e-5
+
+
+def test_how_a_talker_hears_is_saved_with_it(blocks_talker, question, tmp_path):
+    blocks_talker.save_pretrained(tmp_path, include=("base", "encoder", "codec"))
+    loaded = OmniAdapter.from_pretrained(tmp_path)
+    assert loaded.config.encoder_block_seconds == 0.4
+    assert (
+        loaded.chat(question, max_new_tokens=12).text == blocks_talker.chat(question, max_new_tokens=12).text
+    )
 
 
 def test_errors(blocks_talker, talker):
