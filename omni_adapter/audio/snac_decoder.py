@@ -141,7 +141,7 @@ class SnacDecoder:
         self._entry: list[_Convolution] = []
         self._stages: list[_Stage] = []
         self._exit: _Exit | None = None
-        layers: Any = decoder.model  # type: ignore[union-attr]
+        layers: Any = decoder.model
         rate, owed = latents_per_frame, None
         for index, layer in enumerate(layers):
             name = f"decoder.{index}"
@@ -278,7 +278,7 @@ class _RoundedMatrix:
         weight = weight.t().to(torch.bfloat16).contiguous()  # [O, I]
         self._bias = None if bias is None else bias.to(torch.bfloat16)
         self._width = len(weight)
-        self._packed = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
+        self._packed = weight.device.type == "cpu" and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, None) if self._packed else weight
 
     def __call__(self, rows: Tensor) -> Tensor:
