@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from examples.untrained_talker import CHAT_TEMPLATE, make_snac, make_whisper
-from omni_adapter import OmniAdapter, SnacCodec
+from omni_adapter import OmniAdapter, Reply, SnacCodec
 from omni_adapter.data.collator import collate
 from omni_adapter.data.layout import Answer
 from omni_adapter.model import ADDED_GROUPS
@@ -64,6 +64,7 @@ def wrap(family: str, tokenizer, hearing_and_voice) -> OmniAdapter:
         tts={"init": "scaled"},
         text_end_ids=[2],
         audio_adapter={"stack": 2},
+        encoder_block_seconds=0.1,
     )
     # Untrained heads may end speech at once; at logit zero the end is hardly ever the most likely id.
     vocabulary = talker.config.vocabulary
@@ -104,6 +105,17 @@ def check_streamed_equals_whole(talker, hum, folder) -> None:
     assert "".join(chunk.text for chunk in chunks) == reply.text
 
 
+def check_heard_while_spoken_equals_whole(talker, hum, folder) -> None:
+    samples, rate = hum
+    with talker.session(**SHORT) as session:
+        for start in range(0, len(samples), 900):
+            session.append_audio(samples[start : start + 900], sampling_rate=rate)
+        spoken = Reply.collect(session.reply())
+    whole = talker.chat(hum, **SHORT)
+    assert spoken.text == whole.text
+    np.testing.assert_array_equal(spoken.audio, whole.audio)
+
+
 def check_gradient_reaches_everything_that_was_added(talker, hum, folder) -> None:
     if talker.model.backbone.lm.config.model_type in INFERENCE_ONLY:
         return
@@ -142,6 +154,7 @@ CHECKS = (
     check_spoken_text_is_the_written_text,
     check_many_at_once_equal_each_alone,
     check_streamed_equals_whole,
+    check_heard_while_spoken_equals_whole,
     check_gradient_reaches_everything_that_was_added,
     check_a_saved_talker_says_the_same,
     check_left_padded_prompts_carry_no_text_in_the_padding,
