@@ -96,6 +96,18 @@ def test_batch_of_questions(run, talker_folder, speak, tmp_path):
     assert os.path.getsize(tmp_path / "a.reply.wav") == os.path.getsize(tmp_path / "b.reply.wav")
 
 
+def test_serve_many(run, talker_folder, speak, tmp_path):
+    questions = [tmp_path / "a.wav", tmp_path / "b.wav", tmp_path / "c.wav"]
+    for question, text in zip(
+        questions, ("What is the capital of France?", "How are you?", "Hi"), strict=True
+    ):
+        shutil.copy(speak(text), question)
+    printed = run("serve_many.py", talker_folder, *questions)
+    assert printed.count("2.7 s") == 3
+    assert "conversations took their steps together" in printed
+    assert soundfile.info(tmp_path / "c.reply.wav").duration == pytest.approx(2.7, abs=0.1)
+
+
 def test_add_a_codec(run):
     printed = run("add_a_codec.py")
     assert "streamed equals whole: True" in printed
