@@ -10,6 +10,7 @@ OmniError
 ├── DataError                 a data set cannot be used, or too much of it is bad        (ValueError)
 │   └── RowError              one row cannot serve its task; `.reason` is a stable code
 ├── TrainingError             a run must stop: no step is sound, or memory ran out       (RuntimeError)
+├── BusyError                 all places are taken and enough wait already; try later   (RuntimeError)
 ├── CheckpointError           a saved folder is broken or does not fit its base          (ValueError)
 └── MissingDependencyError    an optional package is not installed                       (ImportError)
 """
@@ -69,6 +70,10 @@ class RowError(DataError):
 
 class TrainingError(OmniError, RuntimeError):
     """A training run must stop: its steps are not sound, or its batches do not fit into memory."""
+
+
+class BusyError(OmniError, RuntimeError):
+    """A batcher takes no more conversations: all its places are taken and enough wait, or it was closed."""
 
 
 class CheckpointError(OmniError, ValueError):

@@ -21,7 +21,7 @@ from omni_adapter.audio.features import LogMel
 from omni_adapter.audio.waveform import AudioSource
 from omni_adapter.backbone import Backbone, take_adapter
 from omni_adapter.config import OmniConfig, dump, parse
-from omni_adapter.data.layout import get_task
+from omni_adapter.data.layout import Task, get_task
 from omni_adapter.data.processor import (
     Message,
     OmniProcessor,
@@ -31,7 +31,9 @@ from omni_adapter.data.processor import (
 )
 from omni_adapter.engine import PackReport, PackSettings, light, pack
 from omni_adapter.errors import CheckpointError, ConfigError, PromptError
+from omni_adapter.generation.batcher import Batcher, Request
 from omni_adapter.generation.generator import Decoder, GenerationSettings
+from omni_adapter.generation.schedule import Schedule
 from omni_adapter.generation.streaming import Chunk, Rendering, Reply, stream_chunks
 from omni_adapter.model import ADDED_GROUPS, OmniModel
 from omni_adapter.model_card import CardFacts
@@ -368,26 +370,100 @@ class OmniAdapter:
                 "call once for those with recordings and once for those without"
             )
         name = names.pop()
-        spec, rules = get_task(name), self.processor.rules
+        spec = get_task(name)
         samples = [self.processor(messages, task=name, tools=tools) for messages in conversations]
         given = [self.processor.text_ids(_last_text(m)) for m in conversations] if spec.text_given else None
-        decoder = Decoder(
-            self.model, rules=rules, task=spec, text_end_ids=self.config.text_end_ids, settings=chosen
-        )
         return stream_chunks(
-            decoder.run(samples, given=given),
-            rendering=Rendering(
-                tokenizer=self.tokenizer,
-                text_end_ids=self.config.text_end_ids,
-                codec=self.codec,
-                speaks=spec.speaks,
-                rules=rules,
-                stride=chosen.stride,
-                seed=chosen.seed,
-                lookahead_frames=chosen.lookahead_frames,
-            ),
+            self._decoder(spec, chosen).run(samples, given=given),
+            rendering=self._rendering(spec, chosen),
             num_conversations=len(samples),
             started_s=started_s,
+        )
+
+    def serve(
+        self,
+        *,
+        max_conversations: int = 8,
+        max_waiting: int = 32,
+        max_steps: int = 2 * 1024,
+        lead_s: float | None = 0.5,
+        patience_s: float = 2.0,
+    ) -> Batcher:
+        """Return a server that answers many conversations at once, which come and go at any moment.
+
+        ``submit`` takes what :meth:`stream` takes, and ``task``, from any thread, and returns a handle at
+        once: iterate over it for the chunks, which are those of :meth:`stream`, or ``cancel`` it. Prompts are
+        laid out in the thread that submits; inside ``with``, a thread of the server does all else.
+
+            with talker.serve() as server:
+                for chunk in server.submit("question.wav"):
+                    ...
+
+        Args:
+            max_conversations: answered at once; others wait.
+            max_waiting: that wait; one more is refused with ``BusyError``.
+            max_steps: columns of prompt and reply together, for which memory is made once per conversation;
+                longer ones are refused.
+            lead_s: seconds of sound that listeners keep in hand while the prompts and first steps of
+                newcomers come first; None lets all go on in step, which takes least time in all.
+            patience_s: seconds after which a prompt that waits is read although a listener may notice.
+
+        Raises:
+            ConfigError: if a number is below its least.
+        """
+        return Batcher(
+            self._request,
+            max_conversations=max_conversations,
+            max_waiting=max_waiting,
+            max_steps=max_steps,
+            schedule=Schedule(lead_s=lead_s, patience_s=patience_s),
+        )
+
+    def _request(
+        self,
+        audio: AudioSource | None = None,
+        *,
+        text: str | None = None,
+        system: str | None = None,
+        messages: Sequence[Message] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        task: str | None = None,
+        speak: bool = True,
+        settings: GenerationSettings | None = None,
+        **options: Any,
+    ) -> Request:
+        """What a server needs to know of a conversation."""
+        conversation = _conversation(audio, text=text, system=system, messages=messages)
+        name = task or task_of(conversation, speak=speak)
+        spec, chosen = get_task(name), _settings(settings, options)
+        return Request(
+            self.processor(conversation, task=name, tools=tools),
+            self._decoder(spec, chosen),
+            self._rendering(spec, chosen),
+            tuple(self.processor.text_ids(_last_text(conversation))) if spec.text_given else None,
+        )
+
+    def _decoder(self, task: Task, settings: GenerationSettings) -> Decoder:
+        """The loop for one task and setting."""
+        return Decoder(
+            self.model,
+            rules=self.processor.rules,
+            task=task,
+            text_end_ids=self.config.text_end_ids,
+            settings=settings,
+        )
+
+    def _rendering(self, task: Task, settings: GenerationSettings) -> Rendering:
+        """What turns ids of one task and setting into text and sound."""
+        return Rendering(
+            tokenizer=self.tokenizer,
+            text_end_ids=self.config.text_end_ids,
+            codec=self.codec,
+            speaks=task.speaks,
+            rules=self.processor.rules,
+            stride=settings.stride,
+            seed=settings.seed,
+            lookahead_frames=settings.lookahead_frames,
         )
 
     def chat(

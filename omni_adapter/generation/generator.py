@@ -23,8 +23,9 @@ from omni_adapter.generation.sampling import (
     penalise,
     sample,
 )
-from omni_adapter.generation.state import DecodingState, Draws, Given, Role, Row
+from omni_adapter.generation.state import DecodingState, Draws, Given, Role, Row, keep_cache_rows
 from omni_adapter.model import OmniCache, OmniModel
+from omni_adapter.modules.tts_blocks import TtsCache
 
 logger = logging.getLogger(__name__)
 
@@ -172,14 +173,18 @@ class Decoder:
     def steps(self, state: DecodingState) -> Generator[Step, None, None]:
         """Yield the steps of prompts that were read, until the last conversation has ended."""
         while state.rows:
-            ids = self._choose(state)
-            if self.runs_ahead:
-                self.advance(state)
-            step = self._report(state, ids)
-            yield step
-            self._drop_finished(state, step)
-            if state.rows and not self.runs_ahead:
-                self.advance(state)
+            yield from self.turn(state)
+
+    def turn(self, state: DecodingState) -> Generator[Step, None, None]:
+        """Yield the next step, once, then drop what has ended and feed the rest."""
+        ids = self._choose(state)
+        if self.runs_ahead:
+            self.advance(state)
+        step = self._report(state, ids)
+        yield step
+        self._drop_finished(state, step)
+        if state.rows and not self.runs_ahead:
+            self.advance(state)
 
     # --- prompts ---
 
@@ -230,44 +235,15 @@ class Decoder:
         if self.task.text_given != (given is not None):
             expected = "one text per conversation" if self.task.text_given else "no given text"
             raise PromptError(f"this task takes {expected}")
-        count, device, speaks = len(padding), self.model.device, self.task.speaks
-        rules, settings = self.rules, self.settings
         capacity = None
         if prompt_steps is not None:
             self._check_context(prompt_steps - min(padding))
-            capacity = self._capacity(prompt_steps, min(padding))
-        last = torch.full((count, rules.num_codebooks + 1), rules.vocabulary.pad, device=device)
-        last[:, -1] = rules.no_text
-        state = DecodingState(
-            names=list(range(count)),
-            rows=[],
-            cache=OmniCache(),
-            capacity=capacity,
-            padding=list(padding),
-            speaks=[speaks] * count,
-            has_given=[given is not None] * count,
-            steps=[0] * count,
-            max_steps=[0] * count,
-            context_limited=[False] * count,
-            written=[False] * count,
-            said=[not speaks] * count,
-            last=last,
-            text_done=torch.zeros(count, dtype=torch.bool, device=device),
-            talks=torch.full((count,), speaks, device=device),
-            given=Given.of(given, device=device) if given is not None else None,
-        )
-        if not (settings.text_sampling.is_greedy and settings.code_sampling.is_greedy):
-            seeds = [settings.seed] * count if seeds is None else seeds
-            state.draws = Draws(seeds, width=rules.num_codebooks + 1, device=device)
-        if settings.text_sampling.repetition_penalty != 1:
-            state.seen_text = torch.zeros(
-                count, self.model.backbone.vocab_size, dtype=torch.bool, device=device
-            )
-        if settings.code_sampling.repetition_penalty != 1:
-            shape = (count, rules.num_codebooks, rules.vocabulary.size)
-            state.seen_codes = torch.zeros(shape, dtype=torch.bool, device=device)
-        role: Role = "text" if not speaks else "speech" if self.splits_rows else "joint"
-        state.set_rows([Row(index, role) for index in range(count)])
+            wanted = self.columns(prompt_steps, padding=min(padding))
+            capacity = wanted if wanted <= _MOST_RESERVED else None
+        seeds = [self.settings.seed] * len(padding) if seeds is None else seeds
+        state = self._fresh(padding, seeds=seeds, given=given, capacity=capacity)
+        role: Role = "text" if not self.task.speaks else "speech" if self.splits_rows else "joint"
+        state.set_rows([Row(index, role) for index in range(len(padding))])
         return state
 
     @torch.no_grad()
@@ -373,25 +349,54 @@ class Decoder:
         """
         if len(kept) == len(state.rows):
             return
-        device, rows = state.last.device, [state.rows[index] for index in kept]
+        rows = [state.rows[index] for index in kept]
         speaking = [index for index, row in enumerate(state.rows) if row.role != "text"]
         writing = [index for index, row in enumerate(state.rows) if row.role != "speech"]
         chosen = set(kept)
         spoken = [place for place, index in enumerate(speaking) if index in chosen]
         wrote = [place for place, index in enumerate(writing) if index in chosen]
-        if kept:
-            indices = torch.tensor(kept, device=device)
-            state.cache.backbone = self.model.backbone.select_rows(state.cache.backbone, indices)
-        else:
-            state.cache.backbone = None
-        if len(spoken) < len(speaking):
-            state.cache.tts.select_rows(torch.tensor(spoken, device=device, dtype=torch.long))
+        keep_cache_rows(state.cache, kept, spoken, self.model.backbone)
         if state.code_logits is not None:
             state.code_logits = state.code_logits[spoken]
         if state.write_logits is not None:
             state.write_logits = state.write_logits[wrote]
         state.set_rows(rows)
         state.keep_conversations(sorted({row.conversation for row in rows}))
+        state.trim()
+
+    @torch.no_grad()
+    def join(self, state: DecodingState, newcomers: DecodingState) -> None:
+        """Put conversations that are at any step of theirs beside those of ``state``.
+
+        What each of them says from then on is what it would have said alone: rows of fewer columns are padded
+        in front. ``newcomers`` is consumed.
+
+        Args:
+            state: of ``vacant`` or ``close``, with memory made at once; changed in place.
+            newcomers: of ``close``, decoded with the same sampling settings.
+
+        Raises:
+            BackboneError: if the LM's state is none that rows can join; see ``joins``.
+            ContextOverflowError: if a newcomer has more columns than ``state`` has room for.
+        """
+        state.join(newcomers)
+
+    @property
+    def joins(self) -> bool:
+        """Whether conversations can join others that run, and still come out as they do alone."""
+        return self.model.backbone.rows_can_join
+
+    @torch.no_grad()
+    def vacant(self, *, conversations: int, capacity: int) -> DecodingState:
+        """Return a state without conversations, with memory for as many as will ``join``.
+
+        Args:
+            conversations: at most at once.
+            capacity: columns of prompt and reply of each of them at most.
+        """
+        state = self._fresh((), seeds=(), given=None, capacity=capacity, room=conversations)
+        keep_cache_rows(state.cache, (), (), self.model.backbone)
+        return state
 
     @torch.no_grad()
     def _choose(self, state: DecodingState) -> Tensor:
@@ -401,31 +406,34 @@ class Decoder:
             Ids as on the grid, then whether the text is over, the codes are, and speech was cut, [n, K + 4].
         """
         uniform = state.draws.take() if state.draws else None
-        text = self._choose_text(state, uniform)
-        if state.automaton is None:
-            said, cut = ~state.talks, torch.zeros_like(state.talks)
-            ids = torch.cat((state.last[:, :-1], text[:, None]), dim=1)
-        else:
-            codes = self._choose_codes(state, state.automaton, uniform)
-            said, cut = state.automaton.finished | ~state.talks, state.automaton.cut & state.talks
-            if state.automaton.ends_text:
-                over = state.automaton.finished & state.talks
+        text, codes, automaton = self._choose_text(state, uniform), state.last[:, :-1], state.automaton
+        said = silent = ~state.talks
+        cut = state.talks & silent
+        if automaton is not None:
+            codes = self._choose_codes(state, automaton, uniform)
+            said, cut = automaton.finished, automaton.cut
+            if not all(state.speaks):
+                codes = codes.masked_fill(silent[:, None], self.rules.vocabulary.pad)
+                said, cut = said | silent, cut & state.talks
+            if automaton.ends_text:
+                over = said & state.talks
                 text = text.masked_fill(over, self.rules.no_text)
                 state.text_done = state.text_done | over
-            ids = torch.cat((codes, text[:, None]), dim=1)
-        state.last = ids
-        return torch.cat((ids, torch.stack((state.text_done, said, cut), dim=1)), dim=1)
+        columns = (codes, *(column[:, None] for column in (text, state.text_done, said, cut)))
+        chosen = torch.cat(columns, dim=1)
+        state.last = chosen[:, :-3]
+        return chosen
 
     def _report(self, state: DecodingState, chosen: Tensor) -> Step:
         """Read what was chosen, and say who has ended."""
         chosen = chosen.cpu()  # the one wait of a step
-        flags = chosen[:, -3:].bool().tolist()
+        flags = chosen[:, -3:].tolist()
+        written, said, cut = ([bool(flag[at]) for flag in flags] for at in range(3))
         state.steps = [done + 1 for done in state.steps]
-        written, said = [flag[0] for flag in flags], [flag[1] for flag in flags]
         if written != state.written:
             state.refresh()
         state.written, state.said = written, said
-        reasons = tuple(self._reason(state, index, cut=cut) for index, (_, _, cut) in enumerate(flags))
+        reasons = tuple(self._reason(state, index, cut=cut[index]) for index in range(len(flags)))
         return Step(tuple(state.names), chosen[:, -4], chosen[:, :-4], reasons)
 
     @staticmethod
@@ -441,7 +449,7 @@ class Decoder:
     def _choose_text(self, state: DecodingState, uniform: Tensor | None) -> Tensor:
         """Sample the text of the rows that write, or take it as given; return all texts, [n]."""
         plan, settings = state.plan, self.settings.text_sampling
-        text = torch.full_like(state.last[:, -1], self.rules.no_text)
+        ids = None
         if state.write_logits is not None:
             logits = state.write_logits
             if state.seen_text is not None:
@@ -450,8 +458,13 @@ class Decoder:
             if state.seen_text is not None:
                 seen = state.seen_text[plan.writers].scatter(1, ids[:, None], True)
                 state.seen_text[plan.writers] = seen
-            text[plan.writers] = ids
-        over = torch.isin(text, self.text_end_ids)
+        if ids is not None and plan.all_write:
+            text = ids
+        else:
+            text = torch.full_like(state.text_done, self.rules.no_text, dtype=torch.long)
+            if ids is not None:
+                text[plan.writers] = ids
+        over = (text[:, None] == self.text_end_ids).any(dim=1)
         if (given := state.given) is not None:
             fed = given.ids.gather(1, given.step.clamp(max=given.ids.shape[1] - 1)[:, None])[:, 0]
             given.step = given.step + 1
@@ -463,7 +476,7 @@ class Decoder:
 
     def _choose_codes(self, state: DecodingState, automaton: CodeRows, uniform: Tensor | None) -> Tensor:
         """Sample the codes of the rows that speak under the automaton; return all codes, [n, K]."""
-        drawn, speakers = torch.zeros_like(state.last[:, :-1]), state.plan.speakers
+        speakers, drawn = state.plan.speakers, None
         if state.code_logits is not None:
             logits, settings = state.code_logits, self.settings.code_sampling
             if state.seen_codes is not None:
@@ -471,10 +484,59 @@ class Decoder:
             logits = automaton.mask(logits)
             numbers = None if uniform is None else uniform[speakers, :-1].flatten()
             ids = sample(logits.flatten(0, 1), settings, uniform=numbers).unflatten(0, logits.shape[:2])
-            drawn[speakers] = ids
+            drawn = ids
+            if not state.plan.all_speak:
+                drawn = torch.zeros_like(state.last[:, :-1])
+                drawn[speakers] = ids
             if state.seen_codes is not None:
                 state.seen_codes[speakers] = state.seen_codes[speakers].scatter(-1, ids[..., None], True)
-        return automaton.advance(drawn)
+        return automaton.advance(torch.zeros_like(state.last[:, :-1]) if drawn is None else drawn)
+
+    def _fresh(
+        self,
+        padding: Sequence[int],
+        *,
+        seeds: Sequence[int],
+        given: Sequence[tuple[int, ...]] | None,
+        capacity: int | None,
+        room: int | None = None,
+    ) -> DecodingState:
+        """A state that has read nothing and has no rows, with ``room`` for so many conversations to join."""
+        count, device, speaks = len(padding), self.model.device, self.task.speaks
+        rules, text, codes = self.rules, self.settings.text_sampling, self.settings.code_sampling
+        last = torch.full((count, rules.num_codebooks + 1), rules.vocabulary.pad, device=device)
+        last[:, -1] = rules.no_text
+        state = DecodingState(
+            names=list(range(count)),
+            rows=[],
+            cache=OmniCache(),
+            capacity=capacity,
+            padding=list(padding),
+            speaks=[speaks] * count,
+            has_given=[given is not None] * count,
+            steps=[0] * count,
+            max_steps=[0] * count,
+            context_limited=[False] * count,
+            written=[False] * count,
+            said=[not speaks] * count,
+            last=last,
+            text_done=torch.zeros(count, dtype=torch.bool, device=device),
+            talks=torch.full((count,), speaks, device=device),
+            given=Given.of(given, device=device) if given is not None else None,
+        )
+        if capacity is not None:
+            rows = count if room is None else 2 * room
+            tts = TtsCache(capacity=capacity, rows=count if room is None else room)
+            state.cache = OmniCache(self.model.backbone.new_cache(rows, capacity), tts)
+        if not (text.is_greedy and codes.is_greedy):
+            state.draws = Draws(seeds, width=rules.num_codebooks + 1, device=device)
+        if text.repetition_penalty != 1:
+            shape = (count, self.model.backbone.vocab_size)
+            state.seen_text = torch.zeros(shape, dtype=torch.bool, device=device)
+        if codes.repetition_penalty != 1:
+            grid = (count, rules.num_codebooks, rules.vocabulary.size)
+            state.seen_codes = torch.zeros(grid, dtype=torch.bool, device=device)
+        return state
 
     # --- passes ---
 
@@ -483,21 +545,29 @@ class Decoder:
         plan, steps = state.plan, embeddings.shape[1]
         mask, positions = state.attention(steps)
         writes = read_off and plan.num_sampled > 0
+        # The head is the LM's largest matrix: it is run over the rows that write, and over none if none does.
+        apart = writes and plan.num_writing < len(state.rows) and self.model.backbone.projects
+        # What the TTS blocks have seen ends where the LM's columns end, but may begin later.
+        heard = state.cache.tts.length + steps
         output = self.model.backbone(
             embeddings,
             attention_mask=mask,
             position_ids=positions,
             cache=state.cache.backbone,
             use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=1 if writes and not apart else None,
         )
         state.cache.backbone = output.cache
-        state.write_logits = output.logits[plan.writing, -1] if writes else None
+        state.write_logits = None
+        if apart:
+            state.write_logits = self.model.backbone.project(output.hidden[plan.writing, -1:])[:, -1]
+        elif writes:
+            state.write_logits = output.logits[plan.writing, -1]
         state.code_logits = None
         if plan.num_speaking:
             logits = self.model.speak(
                 output.tapped[plan.speaking],
-                attention_mask=mask[plan.speaking] if mask is not None else None,
+                attention_mask=mask[plan.speaking, -heard:] if mask is not None else None,
                 position_ids=positions[plan.speaking] if positions is not None else None,
                 cache=state.cache.tts,
                 steps_to_keep=1 if read_off else None,
@@ -516,13 +586,12 @@ class Decoder:
                 "a larger audio_adapter.stack"
             )
 
-    def _capacity(self, prompt_steps: int, padding: int) -> int | None:
-        """Columns for prompt and reply, None if they are too many to be made at once."""
+    def columns(self, prompt_steps: int, *, padding: int = 0) -> int:
+        """Columns that a prompt, padded in front, and its reply take at most."""
         limit, wanted = self.model.backbone.max_positions, prompt_steps + self.settings.max_new_tokens
         if limit is not None:
             wanted = min(wanted, limit + padding)
-        # A step more, since a reply that is over may be fed on once before that is known.
-        return wanted + 1 if wanted < _MOST_RESERVED else None
+        return wanted + 1  # a reply that is over may be fed on once before that is known
 
     def _limit_steps(self, state: DecodingState, columns: int) -> None:
         """Count how many steps each reply may have after a prompt that ends at ``columns``."""

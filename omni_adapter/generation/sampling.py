@@ -16,6 +16,8 @@ from omni_adapter.errors import ConfigError
 from omni_adapter.vocab import CodeVocabulary
 
 _UNKNOWN = -1  # number of frames of an answer whose end has not been decided
+_NUCLEUS = 1 << 8  # most likely ids among which those of top_p are looked for first
+_ROUNDING = 1e-5  # of sums of probabilities
 
 
 @dataclass(frozen=True)
@@ -73,21 +75,48 @@ def sample(logits: Tensor, settings: SamplingSettings, *, uniform: Tensor | None
         uniform: numbers in [0, 1), one per row, that decide the draw; needed unless ``settings.is_greedy``.
             Drawing them outside keeps a conversation's draws the same alone and in a batch.
     """
-    if settings.is_greedy:
+    if settings.is_greedy or settings.top_k == 1:
         return logits.argmax(dim=-1)
     assert uniform is not None
-    scores, ids = (logits.float() / settings.temperature).sort(dim=-1, descending=True, stable=True)
+    probabilities, ids = _probabilities(logits.float() / settings.temperature, settings)
+    if settings.top_p < 1:
+        cumulative = probabilities.cumsum(dim=-1)
+        # The id that crosses top_p is kept: what is dropped lies wholly beyond it.
+        probabilities = probabilities.masked_fill(cumulative - probabilities >= settings.top_p, 0.0)
+    cumulative = probabilities.cumsum(dim=-1)
+    total = cumulative[:, -1:]
+    drawn = torch.searchsorted(cumulative, uniform.to(cumulative)[:, None] * total, right=True)  # [R, 1]
+    drawn = drawn.minimum((cumulative < total).sum(dim=-1, keepdim=True))  # the last one that is possible
+    return (drawn if ids is None else ids.gather(-1, drawn))[:, 0]
+
+
+def _probabilities(scores: Tensor, settings: SamplingSettings) -> tuple[Tensor, Tensor | None]:
+    """Probabilities of the ids that truncation may leave, most likely first, and the ids, [R, C].
+
+    Without truncation they are those of all ids, and in their order: a whole vocabulary is sorted only where
+    nothing cheaper tells which ids are left.
+    """
+    size = scores.shape[-1]
     if settings.top_k:
-        scores[:, settings.top_k :] = -torch.inf
+        top, ids = _most_likely(scores, min(settings.top_k, size))
+        return top.softmax(dim=-1), ids
     probabilities = scores.softmax(dim=-1)
-    cumulative = probabilities.cumsum(dim=-1)
-    # The id that crosses top_p is kept: what is dropped lies wholly beyond it.
-    probabilities = probabilities.masked_fill(cumulative - probabilities >= settings.top_p, 0.0)
-    cumulative = probabilities.cumsum(dim=-1)
-    target = uniform.to(cumulative)[:, None] * cumulative[:, -1:]
-    drawn = torch.searchsorted(cumulative, target, right=True)  # [R, 1]
-    last_possible = (probabilities > 0).sum(dim=-1, keepdim=True) - 1
-    return ids.gather(-1, drawn.minimum(last_possible))[:, 0]
+    if settings.top_p == 1:
+        return probabilities, None
+    if size > _NUCLEUS and scores.device.type == "cpu":  # elsewhere, to look would be to wait
+        top, ids = _most_likely(probabilities, _NUCLEUS)
+        if bool((top.sum(dim=-1) > settings.top_p + _ROUNDING).all()):
+            return top, ids
+    return _most_likely(probabilities, size)
+
+
+def _most_likely(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The ``count`` largest scores, descending, and their ids, [R, count]; of equals, lower ids first."""
+    if count == scores.shape[-1]:
+        return scores.sort(dim=-1, descending=True, stable=True)
+    ids = scores.topk(count, dim=-1, sorted=False).indices.sort(dim=-1).values
+    top, order = scores.gather(-1, ids).sort(dim=-1, descending=True, stable=True)
+    return top, ids.gather(-1, order)
 
 
 class CodeRows(Protocol):
@@ -185,7 +214,10 @@ class CodeAutomaton:
         self.lead_delay, self.last_delay = min(delays), max(delays)
         self.max_frames = max_steps.to(device) - 1 - self.last_delay  # [B]
         self.step = torch.zeros_like(self.max_frames)  # [B]
-        self.frames = torch.full_like(self.max_frames, _UNKNOWN)  # [B]
+        self.most_frames = self.max_frames.clone()  # [B]; final once the leading row has ended
+        illegal = torch.arange(vocabulary.size, device=device) >= vocabulary.codebook_size
+        self.illegal = illegal.repeat(len(delays), 1)  # [K, V]
+        self.illegal[self.lead_row, vocabulary.end] = False
 
     @staticmethod
     def least_steps(delays: Sequence[int]) -> int:
@@ -193,48 +225,50 @@ class CodeAutomaton:
         return max(delays) + 1
 
     @property
+    def frames(self) -> Tensor:
+        """Frames of each answer, -1 where its end has not been decided, [B]."""
+        decided = self.step > self.most_frames + self.lead_delay
+        return torch.where(decided, self.most_frames, _UNKNOWN)
+
+    @property
     def finished(self) -> Tensor:
         """Whether every row has ended, bool [B]."""
-        return (self.frames != _UNKNOWN) & (self.step > self.frames + self.last_delay)
+        return self.step > self.most_frames + self.last_delay
 
     @property
     def cut(self) -> Tensor:
         """Whether speech was ended because the steps ran out, bool [B]."""
-        return self.frames == self.max_frames
+        return (self.most_frames == self.max_frames) & self.finished
 
     def mask(self, logits: Tensor) -> Tensor:
         """Return logits [B, K, V] with all marks at minus infinity, but for the end in the leading row."""
-        masked = logits.clone()
-        masked[..., self.vocabulary.codebook_size :] = -torch.inf
-        row, end = self.lead_row, self.vocabulary.end
-        masked[:, row, end] = logits[:, row, end]
-        return masked
+        return logits.masked_fill(self.illegal, -torch.inf)
 
     def advance(self, drawn: Tensor) -> Tensor:
         """Return the legal ids of this step, [B, K], for ids drawn under ``mask``, and count the step."""
-        step, vocabulary = self.step[:, None], self.vocabulary
-        ends_now = (drawn[:, self.lead_row] == vocabulary.end) | (
-            self.step - self.lead_delay >= self.max_frames
-        )
-        ends_now &= (self.frames == _UNKNOWN) & (self.step >= self.lead_delay)
-        self.frames = torch.where(ends_now, self.step - self.lead_delay, self.frames)
-        known = (self.frames != _UNKNOWN)[:, None]
-        end_step = self.frames[:, None] + self.delays  # [B, K]
-        ids = torch.where(known & (step == end_step), vocabulary.end, drawn)
-        ids = torch.where((step < self.delays) | (known & (step > end_step)), vocabulary.pad, ids)
+        frame = self.step - self.lead_delay  # of the leading row, [B]
+        ends_now = drawn[:, self.lead_row] == self.vocabulary.end
+        if self.lead_delay:
+            ends_now = ends_now & (frame >= 0)
+        # An end that is drawn after the end comes later, so it changes nothing.
+        self.most_frames = torch.where(ends_now, self.most_frames.minimum(frame), self.most_frames)
+        frames = self.step[:, None] - self.delays  # frame of each row, [B, K]
+        ends = self.most_frames[:, None]
+        ids = drawn.masked_fill(frames == ends, self.vocabulary.end)
+        ids = ids.masked_fill((frames < 0) | (frames > ends), self.vocabulary.pad)
         self.step = self.step + 1
         return ids
 
     def keep(self, indices: Tensor) -> None:
         """Keep the conversations ``indices``, [n]."""
         self.max_frames, self.step = self.max_frames[indices], self.step[indices]
-        self.frames = self.frames[indices]
+        self.most_frames = self.most_frames[indices]
 
     def join(self, other: Self) -> None:
         """Put the conversations of ``other`` behind these."""
         self.max_frames = torch.cat((self.max_frames, other.max_frames))
         self.step = torch.cat((self.step, other.step))
-        self.frames = torch.cat((self.frames, other.frames))
+        self.most_frames = torch.cat((self.most_frames, other.most_frames))
 
 
 CODE_ROWS: Mapping[CodeRule, type[CodeAutomaton] | type[FreeRows]] = {

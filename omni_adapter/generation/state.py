@@ -5,6 +5,7 @@ the device to learn it; ids, masks and counts that the step itself reads are ten
 are chosen or models are run.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -12,6 +13,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from omni_adapter.backbone import Backbone, caches
 from omni_adapter.generation.sampling import CodeRows
 from omni_adapter.model import OmniCache
 
@@ -19,6 +21,10 @@ Role = Literal["speech", "text", "joint"]
 
 _DRAWS_AHEAD = 64  # steps whose numbers are drawn at once
 _MASK_BLOCK = 256  # columns by which a mask grows where the capacity is not known
+
+
+_LISTS = ("names", "speaks", "has_given", "steps", "max_steps", "context_limited", "written", "said")
+_TENSORS = ("last", "text_done", "talks", "seen_text", "seen_codes")
 
 
 class Row(NamedTuple):
@@ -91,9 +97,10 @@ class Given:
     @classmethod
     def of(cls, texts: Sequence[Sequence[int]], *, device: torch.device) -> "Given":
         """Put texts side by side."""
-        longest = max(1, *(len(text) for text in texts))
-        ids = torch.tensor([[*text, *[0] * (longest - len(text))] for text in texts], device=device)
-        lengths = torch.tensor([len(text) for text in texts], device=device)
+        longest = max([1, *(len(text) for text in texts)])
+        filled = [[*text, *[0] * (longest - len(text))] for text in texts]
+        ids = torch.tensor(filled, dtype=torch.long, device=device).view(len(texts), longest)
+        lengths = torch.tensor([len(text) for text in texts], dtype=torch.long, device=device)
         return cls(ids, lengths, torch.zeros_like(lengths))
 
     def keep(self, indices: Tensor) -> "Given":
@@ -124,6 +131,9 @@ class Plan(NamedTuple):
         silent: rows that carry no codes.
         writing: rows that write text.
         writers: conversations of those rows.
+        num_writing: how many there are.
+        all_speak: whether ``speakers`` are all conversations, in order.
+        all_write: likewise ``writers``.
         num_sampled: rows whose text is sampled and goes on; 0 if no row needs the LM's logits.
         mask: which columns of each row hold steps, int64 [R, columns]; None if all do.
         padding: columns before the first step of each row, int64 [R, 1]; None if there are none.
@@ -136,6 +146,9 @@ class Plan(NamedTuple):
     silent: Index
     writing: Index
     writers: Index
+    num_writing: int
+    all_speak: bool
+    all_write: bool
     num_sampled: int
     mask: Tensor | None
     padding: Tensor | None
@@ -204,6 +217,12 @@ class DecodingState:
         return sum(row.role != "text" for row in self.rows)
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of the caches, room for what is to come included."""
+        cache = self.cache.backbone
+        return self.cache.tts.nbytes + (0 if cache is None else cache.nbytes)
+
+    @property
     def text_logits(self) -> Tensor:
         """Logits of the next step, [R, V]; NaN in rows that write no text."""
         assert self.write_logits is not None
@@ -233,19 +252,9 @@ class DecodingState:
         indices = torch.tensor(places, device=self.last.device, dtype=torch.long)
         moved = {old: new for new, old in enumerate(places)}
         self.set_rows([row._replace(conversation=moved[row.conversation]) for row in self.rows])
-        for name in (
-            "names",
-            "padding",
-            "speaks",
-            "has_given",
-            "steps",
-            "max_steps",
-            "context_limited",
-            "written",
-            "said",
-        ):
+        for name in ("padding", *_LISTS):
             setattr(self, name, [getattr(self, name)[place] for place in places])
-        for name in ("last", "text_done", "talks", "seen_text", "seen_codes"):
+        for name in _TENSORS:
             if (tensor := getattr(self, name)) is not None:
                 setattr(self, name, tensor[indices])
         if self.draws is not None:
@@ -254,6 +263,54 @@ class DecodingState:
             self.given = self.given.keep(indices)
         if self.automaton is not None:
             self.automaton.keep(indices)
+            self.automaton = self.automaton if places else None
+
+    def trim(self) -> None:
+        """Forget columns that are padding in every row, where the cache can."""
+        steps = min(self.padding, default=self.length)
+        cache = self.cache.backbone
+        if not steps or cache is None or cache.capacity is None:
+            return
+        later = self.length - self.cache.tts.length  # columns that the TTS blocks have not seen
+        self.cache.tts.trim(max(0, steps - later))
+        self.cache.backbone = caches.trim(cache, steps)
+        self.padding = [padding - steps for padding in self.padding]
+        self.length -= steps
+        self.refresh()
+
+    def join(self, other: "DecodingState") -> None:
+        """Put the conversations of ``other`` behind these; all end at the same column."""
+        device, count, more = self.last.device, len(self.names), len(other.names)
+        length = max(self.length, other.length)
+        beside = (
+            ("write_logits", self._count("speech"), other._count("speech")),
+            ("code_logits", self._count("text"), other._count("text")),
+        )
+        for name, mine, theirs in beside:
+            setattr(self, name, _beside(getattr(self, name), mine, getattr(other, name), theirs))
+        self.cache.backbone = caches.join(self.cache.backbone, other.cache.backbone)
+        if other.num_speaking:
+            self.cache.tts.join(other.cache.tts)
+        self.automaton = _joined(self.automaton, count, other.automaton, more)
+        if self.given or other.given:
+            given = self.given or Given.of([()] * count, device=device)
+            self.given = given.join(other.given or Given.of([()] * more, device=device))
+        if self.draws and other.draws:
+            self.draws.join(other.draws)
+        self.padding = [padding + length - self.length for padding in self.padding]
+        self.padding += [padding + length - other.length for padding in other.padding]
+        self.length = length
+        for name in _LISTS:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for name in _TENSORS:
+            if getattr(self, name) is not None:
+                setattr(self, name, torch.cat((getattr(self, name), getattr(other, name))))
+        newcomers = [row._replace(conversation=row.conversation + count) for row in other.rows]
+        self.set_rows([*self.rows, *newcomers])
+
+    def _count(self, other_role: Role) -> int:
+        """Rows that have another role."""
+        return sum(row.role != other_role for row in self.rows)
 
     def attention(self, steps: int) -> tuple[Tensor | None, Tensor | None]:
         """Mask [R, columns] and positions [R, steps] of the next ``steps`` columns; None without padding."""
@@ -270,7 +327,7 @@ class DecodingState:
 
     def _make_plan(self, columns: int) -> Plan:
         device = self.last.device
-        owners = [row.conversation for row in self.rows]
+        owners, everybody = [row.conversation for row in self.rows], list(range(len(self.names)))
         speaking = [index for index, row in enumerate(self.rows) if row.role != "text"]
         silent = [index for index, row in enumerate(self.rows) if row.role == "text"]
         writing = [index for index, row in enumerate(self.rows) if row.role != "speech"]
@@ -288,6 +345,9 @@ class DecodingState:
             silent=index_of(silent, device=device),
             writing=index_of(writing, device=device),
             writers=index_of([owners[at] for at in writing], device=device),
+            num_writing=len(writing),
+            all_speak=[owners[at] for at in speaking] == everybody,
+            all_write=[owners[at] for at in writing] == everybody,
             num_sampled=len(sampled),
             mask=mask,
             padding=before,
@@ -300,3 +360,51 @@ def index_of(places: Sequence[int], *, device: torch.device) -> Index:
     if list(places) == list(range(first, first + len(places))):
         return slice(first, first + len(places))
     return torch.tensor(places, device=device)
+
+
+def keep_cache_rows(
+    cache: OmniCache, rows: Sequence[int], speaking: Sequence[int], backbone: Backbone
+) -> None:
+    """Drop rows of the caches.
+
+    Args:
+        cache: changed in place.
+        rows: rows of the LM's cache that stay, ascending.
+        speaking: rows of the TTS blocks' cache that stay, ascending.
+        backbone: the LM.
+    """
+    state = cache.backbone
+    if state is not None and state.capacity is not None:
+        cache.backbone = caches.keep_rows(state, rows)
+    elif state is not None:
+        indices = torch.tensor(rows, device=backbone.device)
+        cache.backbone = backbone.select_rows(state, indices) if rows else None
+    cache.tts.select_rows(torch.tensor(speaking, device=backbone.device, dtype=torch.long))
+    if not speaking:
+        cache.tts.trim(cache.tts.length)
+
+
+def _beside(first: Tensor | None, count: int, second: Tensor | None, more: int) -> Tensor | None:
+    """Rows of both, zeros in place of rows that have no logits."""
+    known = first if first is not None else second
+    if known is None:
+        return None
+    parts = ((first, count), (second, more))
+    return torch.cat(
+        [known.new_zeros(rows, *known.shape[1:]) if part is None else part for part, rows in parts]
+    )
+
+
+def _joined(first: CodeRows | None, count: int, second: CodeRows | None, more: int) -> CodeRows | None:
+    """Code rows of both; conversations that do not speak get some of others, which nobody reads."""
+    if first is None and second is None:
+        return None
+    known = first or second
+    parts = []
+    for part, conversations in ((first, count), (second, more)):
+        if part is None:
+            part = copy.copy(known)
+            part.keep(torch.zeros(conversations, dtype=torch.long))
+        parts.append(part)
+    parts[0].join(parts[1])
+    return parts[0]

@@ -224,7 +224,7 @@ class Rendering:
     seed: int
     lookahead_frames: int | None = None
 
-    def listener(self) -> "_Listener":
+    def listener(self) -> "Listener":
         """Return a fresh listener for one conversation."""
         voice = None
         if self.speaks:
@@ -236,10 +236,10 @@ class Rendering:
                 lookahead_frames=self.lookahead_frames,
             )
         hidden_ids = frozenset((*self.text_end_ids, self.rules.no_text))
-        return _Listener(TextStream(self.tokenizer), voice, hidden_ids)
+        return Listener(TextStream(self.tokenizer), voice, hidden_ids)
 
 
-class _Listener:
+class Listener:
     """Text and sound of one conversation."""
 
     def __init__(self, text: TextStream, voice: Voice | None, hidden_ids: frozenset[int]) -> None:

@@ -138,3 +138,36 @@ def test_free_rows_write_what_they_will_until_the_last_one_ends():
     assert rows.advance(torch.tensor([[1, 2, 3], [4, 5, end]])).tolist() == [[pad] * 3, [4, 5, end]]
     assert rows.finished.tolist() == [True, True]
     assert rows.cut.tolist() == [False, False]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(0, 10_000),
+    st.sampled_from([0, 1, 5, 700]),
+    st.sampled_from([0.3, 0.9, 0.9999, 1.0]),
+    st.floats(0.2, 3),
+)
+def test_shortcuts_draw_what_a_sorted_vocabulary_does(seed, top_k, top_p, temperature):
+    """Candidates are looked for in part of a vocabulary; the ids that may come are those of all of it."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(2, 600, generator=generator) * 3
+    logits[:, ::7] = -torch.inf
+    sampling = SamplingSettings(do_sample=True, top_k=top_k, top_p=top_p, temperature=temperature)
+    order = logits.sort(dim=-1, descending=True).indices
+    for row in range(2):
+        expected = (logits[row, order[row]] / temperature).softmax(-1)
+        if top_k:
+            expected[top_k:] = 0
+            expected /= expected.sum()
+        expected[expected.cumsum(-1) - expected >= top_p] = 0
+        expected = torch.zeros(600).index_put((order[row],), expected / expected.sum())
+        uniform = (torch.arange(4000) + 0.5) / 4000
+        drawn = sample(logits[row].expand(4000, -1), sampling, uniform=uniform)
+        shares = torch.bincount(drawn, minlength=600) / 4000
+        torch.testing.assert_close(shares, expected, rtol=0, atol=1e-3)
+
+
+def test_of_equally_likely_ids_the_lower_come_first():
+    sampling = SamplingSettings(do_sample=True, top_k=3)
+    logits = torch.tensor([[0.0, 5.0, 5.0, 5.0, 1.0]]).expand(3, -1)
+    assert sample(logits, sampling, uniform=torch.tensor([0.1, 0.5, 0.9])).tolist() == [1, 2, 3]

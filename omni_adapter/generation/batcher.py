@@ -1,0 +1,478 @@
+"""Many conversations at once: they come, share the passes of the model, and go, between any two steps.
+
+Requests in from any thread; for each a handle, whose chunks are those that it would have alone. One thread at
+a time touches the model: the batcher's own inside ``with``, else whoever iterates over a handle.
+
+    submit ──> waiting ──admit──> starting ──first sound──> together ──> over
+                (queue)           (alone)                   (one batch)
+
+A newcomer's prompt is read, and its first steps are taken, in a batch of its own while the others live on
+the sound that they have in hand; then it joins them. Where the base computes padded rows exactly and its
+memory can be fixed, all that run are rows of one batch; elsewhere each keeps a batch of its own, one step in
+turn. Knows nothing of how prompts are laid out.
+"""
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
+from typing import Any, Self
+
+import torch
+
+from omni_adapter.data.collator import Sample, collate
+from omni_adapter.errors import BusyError, ConfigError, ContextOverflowError
+from omni_adapter.generation.generator import Decoder, FinishReason, Step
+from omni_adapter.generation.sampling import SamplingSettings
+from omni_adapter.generation.schedule import Playback, Schedule, Turn
+from omni_adapter.generation.state import DecodingState
+from omni_adapter.generation.streaming import Chunk, Listener, Rendering, Reply
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Request:
+    """A conversation to be answered.
+
+    Attributes:
+        sample: its prompt.
+        decoder: of its task and settings.
+        rendering: turns its ids into text and sound.
+        given: ids of its text, where that is known.
+    """
+
+    sample: Sample
+    decoder: Decoder
+    rendering: Rendering
+    given: tuple[int, ...] | None = None
+
+    @property
+    def sampling(self) -> tuple[SamplingSettings, SamplingSettings]:
+        """What conversations of one batch must share."""
+        settings = self.decoder.settings
+        return settings.text_sampling, settings.code_sampling
+
+
+class Handle:
+    """One conversation's reply: iterate over it for its chunks, or ``cancel`` it. Safe in any thread."""
+
+    def __init__(self, batcher: "Batcher", name: int, request: Request, *, now_s: float) -> None:
+        self.name = name
+        self.request: Request | None = request
+        self.submitted_s = now_s
+        self.playback = Playback()
+        self.cancelled = False
+        self.over = False
+        self.listener: Listener | None = None
+        self._batcher = batcher
+        self._chunks: SimpleQueue[Chunk | BaseException | None] = SimpleQueue()
+
+    def cancel(self) -> None:
+        """Stop the reply; what was not handed over yet is lost. Without effect on one that is over."""
+        self.cancelled = True
+        self._batcher._cancel(self)
+
+    def __iter__(self) -> Iterator[Chunk]:
+        """Yield chunks as they come, until the reply has ended or was cancelled.
+
+        Raises:
+            OmniError: if the conversation could not be answered, or the batcher was closed before its end.
+        """
+        while (chunk := self._batcher._await(self._chunks)) is not None:
+            if isinstance(chunk, BaseException):
+                self._chunks.put(chunk)
+                raise chunk
+            yield chunk
+        self._chunks.put(None)
+
+    def reply(self) -> Reply:
+        """Wait for the end and return the whole reply.
+
+        Raises:
+            BusyError: if the conversation was cancelled.
+        """
+        chunks = list(self)
+        if not chunks or chunks[-1].finish_reason is None:
+            raise BusyError("the conversation was cancelled, so there is no whole reply")
+        return Reply.collect(chunks)
+
+    def _hand_over(self, chunk: Chunk, *, now_s: float) -> None:
+        self.playback.hand_over(len(chunk.audio) / chunk.sampling_rate, now_s=now_s)
+        self._chunks.put(chunk)
+        if chunk.finish_reason:
+            self._end(None)
+
+    def _end(self, last: BaseException | None) -> None:
+        """Let iteration end, and let go of everything that the conversation held."""
+        if not self.over:
+            self.over, self.request, self.listener = True, None, None
+            self._chunks.put(last)
+
+
+@dataclass(eq=False)
+class _Group:
+    """Conversations that take their steps together.
+
+    Attributes:
+        decoder: takes them.
+        state: of all of them.
+    """
+
+    decoder: Decoder
+    state: DecodingState
+
+
+@dataclass
+class _Lane:
+    """All groups whose conversations share how they sample.
+
+    Attributes:
+        room: conversations to make memory for at once; more are made as more come.
+        joins: whether conversations can share a group.
+        together: conversations that are heard; a single group where rows join.
+        starting: newcomers before their first sound, in the order in which they came.
+    """
+
+    room: int
+    joins: bool
+    together: list[_Group] = field(default_factory=list)
+    starting: list[_Group] = field(default_factory=list)
+
+    @property
+    def groups(self) -> list[_Group]:
+        """All groups."""
+        return [*self.together, *self.starting]
+
+    def drop_empty(self) -> None:
+        """Let go of groups without conversations, but for the one that others can join."""
+        self.starting = [group for group in self.starting if group.state.names]
+        self.together = [group for group in self.together if group.state.names or self.joins]
+
+
+class Batcher:
+    """Answers many conversations at once.
+
+    Inside ``with``, a thread of its own runs the model; without, whoever iterates over a handle does. Memory
+    for all is made with the first of them and stays the same, as long as they sample alike; conversations
+    that sample otherwise run in a batch of their own.
+
+    Args:
+        prepare: makes a request of what ``submit`` is given, in the thread that calls it.
+        max_conversations: answered at once.
+        max_waiting: that wait for a place; one more is refused.
+        max_steps: columns of prompt and reply together, for which memory is made once per conversation.
+        schedule: chooses who is served.
+        clock: seconds.
+
+    Attributes:
+        most_together: conversations that took a step together at most so far.
+
+    Raises:
+        ConfigError: if a number is below its least.
+    """
+
+    def __init__(
+        self,
+        prepare: Callable[..., Request],
+        *,
+        max_conversations: int,
+        max_waiting: int,
+        max_steps: int,
+        schedule: Schedule,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        for name, value, least in (
+            ("max_conversations", max_conversations, 1),
+            ("max_waiting", max_waiting, 0),
+            ("max_steps", max_steps, 1),
+        ):
+            if value < least:
+                raise ConfigError(f"{name} must be at least {least}, got {value}")
+        self.prepare = prepare
+        self.max_conversations, self.max_waiting, self.max_steps = max_conversations, max_waiting, max_steps
+        self.schedule, self.clock = schedule, clock
+        self.most_together = 0
+        self._waiting: deque[Handle] = deque()
+        self._running: dict[int, Handle] = {}
+        self._lanes: dict[tuple[SamplingSettings, SamplingSettings], _Lane] = {}
+        self._next_name = 0
+        self._closed = False
+        self._worker: threading.Thread | None = None
+        self._changed = threading.Condition()  # guards all of the above but what only a turn touches
+        self._preparing = threading.Lock()  # held by whoever lays a prompt out
+        self._turning = threading.Lock()  # held by whoever runs the model
+
+    # --- in any thread ---
+
+    def submit(self, *args: Any, **options: Any) -> Handle:
+        """Hand a conversation over, with the arguments of ``prepare``, and return its handle at once.
+
+        Raises:
+            BusyError: if all places are taken and ``max_waiting`` wait already, or the batcher was closed.
+            ContextOverflowError: if prompt and longest reply take more than ``max_steps``.
+            PromptError: if ``prepare`` refuses it.
+        """
+        submitted_s = self.clock()
+        self._check_room()
+        with self._preparing:
+            request = self.prepare(*args, **options)
+        wanted = request.decoder.columns(request.sample.layout.grid.shape[1])
+        if wanted > self.max_steps:
+            raise ContextOverflowError(
+                f"prompt and reply take up to {wanted} steps, this batcher has room for {self.max_steps}; "
+                "use a shorter prompt, a smaller max_new_tokens or a larger max_steps"
+            )
+        with self._changed:
+            self._check_room()
+            handle = Handle(self, self._next_name, request, now_s=submitted_s)
+            self._next_name += 1
+            self._waiting.append(handle)
+            self._changed.notify_all()
+        return handle
+
+    @property
+    def num_waiting(self) -> int:
+        """Conversations that wait for a place."""
+        return len(self._waiting)
+
+    @property
+    def num_running(self) -> int:
+        """Conversations that are answered."""
+        return len(self._running)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all caches."""
+        return sum(group.state.nbytes for lane in self._lanes.values() for group in lane.groups)
+
+    def close(self) -> None:
+        """End all conversations and the batcher's thread; replies that are not over raise ``BusyError``."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        if self._worker is not None:
+            self._worker.join()
+        with self._turning:
+            self._abandon(BusyError("the batcher was closed before this reply was over"))
+
+    def _abandon(self, error: BaseException) -> None:
+        """End whatever is not over with ``error``, and take nothing more."""
+        with self._changed:
+            self._closed = True
+            for handle in (*self._waiting, *self._running.values()):
+                handle._end(error)
+            self._waiting.clear()
+            self._running.clear()
+            self._lanes.clear()
+
+    def __enter__(self) -> Self:
+        """Start the thread that runs the model."""
+        self._worker = threading.Thread(target=self._work, name="omni-adapter batcher", daemon=True)
+        self._worker.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Close."""
+        self.close()
+
+    def _check_room(self) -> None:
+        if self._closed:
+            raise BusyError("the batcher is closed; make a new one")
+        free = self.max_conversations - len(self._running)
+        if len(self._waiting) >= self.max_waiting + free:
+            raise BusyError(
+                f"{len(self._running)} conversations are being answered and {len(self._waiting)} wait, which "
+                "is all that this batcher takes; try again later, or raise max_conversations or max_waiting"
+            )
+
+    def _cancel(self, handle: Handle) -> None:
+        """Let go of a conversation that waits at once, of one that runs before the next turn."""
+        with self._changed:
+            if handle in self._waiting:
+                self._waiting.remove(handle)
+                handle._end(None)
+            self._changed.notify_all()
+
+    def _await(self, chunks: "SimpleQueue[Any]") -> Any:
+        """The next of a handle's chunks; runs the model itself where no thread does."""
+        while True:
+            with suppress(Empty):
+                return chunks.get_nowait()
+            if self._worker is not None:
+                return chunks.get()
+            if not self.turn() and chunks.empty():
+                raise AssertionError("a conversation that is not over has no turn")
+
+    def _work(self) -> None:
+        """Take turns until closed."""
+        try:
+            while not self._closed:
+                if not self.turn():
+                    with self._changed:
+                        if not self._closed and not self._waiting and not self._running:
+                            self._changed.wait()
+        except BaseException as error:
+            self._abandon(error)  # nobody is to wait for a thread that is gone
+            raise
+
+    # --- by one thread at a time ---
+
+    def turn(self) -> bool:
+        """Do what comes next: read a prompt, or take a step. Return False if there was nothing to do."""
+        with self._turning, torch.no_grad():
+            self._drop_cancelled()
+            turn = self._choose()
+            if turn == "wait":
+                return False
+            before_s = self.clock()
+            {"admit": self._admit, "start": self._start, "step": self._step}[turn]()
+            self.schedule.took(turn, self.clock() - before_s)
+            return True
+
+    def _choose(self) -> Turn:
+        now_s = self.clock()
+        with self._changed:
+            free = len(self._running) < self.max_conversations and not self._closed
+            waiting_since_s = self._waiting[0].submitted_s if self._waiting and free else None
+        leads = [handle.playback.lead_s(now_s) for handle in self._running.values()]
+        return self.schedule.choose(
+            now_s=now_s,
+            waiting_since_s=waiting_since_s,
+            num_starting=sum(len(lane.starting) for lane in self._lanes.values()),
+            leads_s=[lead for lead in leads if lead is not None],
+            num_running=len(self._running),
+        )
+
+    def _admit(self) -> None:
+        """Read the prompt that waits longest."""
+        with self._changed:
+            if not self._waiting:  # cancelled meanwhile
+                return
+            handle = self._waiting.popleft()
+            self._running[handle.name] = handle
+        request = handle.request
+        assert request is not None
+        decoder, settings = request.decoder, request.decoder.settings
+        try:
+            batch = collate([request.sample], rules=decoder.rules).to(decoder.model.device)
+            given = None if request.given is None else [request.given]
+            state = decoder.prefill(batch, given=given, seeds=[settings.seed])
+            handle.listener = request.rendering.listener()
+        except Exception as error:  # whatever it is, it is this conversation's, and others go on
+            logger.warning("a conversation could not be answered: %s", error)
+            self._forget([handle.name], error)
+            return
+        state.names = [handle.name]
+        lane = self._lane(request)
+        lane.starting.append(_Group(decoder, state))
+        if not decoder.task.speaks or self.schedule.lead_s is None:
+            self._bring_together(lane, lane.starting[-1])
+
+    def _lane(self, request: Request) -> _Lane:
+        """Where a request belongs."""
+        if request.sampling not in self._lanes:
+            used = {
+                key: lane
+                for key, lane in self._lanes.items()
+                if any(group.state.names for group in lane.groups)
+            }
+            used[request.sampling] = _Lane(1 if used else self.max_conversations, request.decoder.joins)
+            self._lanes = used
+        return self._lanes[request.sampling]
+
+    def _start(self) -> None:
+        """Take a step of the newcomer that came first; with its first sound it joins the others."""
+        lanes = [lane for lane in self._lanes.values() if lane.starting]
+        lane = min(lanes, key=lambda lane: lane.starting[0].state.names[0])
+        group = lane.starting[0]
+        handle = self._running[group.state.names[0]]
+        self._run(lane, group)
+        if not handle.over and handle.playback.begun_s is not None:
+            self._bring_together(lane, group)
+
+    def _step(self) -> None:
+        """Take a step of everybody."""
+        for lane in self._lanes.values():
+            for group in list(lane.starting):
+                self._bring_together(lane, group)
+            for group in list(lane.together):
+                if group.state.names:
+                    self._run(lane, group)
+
+    def _bring_together(self, lane: _Lane, group: _Group) -> None:
+        """Let a newcomer join those that are heard, where rows can."""
+        lane.starting.remove(group)
+        if not lane.joins:
+            lane.together.append(group)
+            return
+        if not lane.together:
+            vacant = group.decoder.vacant(conversations=lane.room, capacity=self.max_steps)
+            lane.together.append(_Group(group.decoder, vacant))
+        group.decoder.join(lane.together[0].state, group.state)
+
+    def _run(self, lane: _Lane, group: _Group) -> None:
+        """Take a step of a group and hand over what it brings."""
+        names = list(group.state.names)
+        self.most_together = max(self.most_together, len(names))
+        try:
+            for step in group.decoder.turn(group.state):
+                self._deliver(step)
+        except Exception as error:  # whatever it is, other groups go on
+            logger.exception("a step failed; it ends %d conversations", len(names))
+            self._forget(names, error)
+            lane.starting = [other for other in lane.starting if other is not group]
+            lane.together = [other for other in lane.together if other is not group]
+        lane.drop_empty()
+
+    def _deliver(self, step: Step) -> None:
+        """Turn ids into chunks for those who wait for them."""
+        tokens, codes = step.text.tolist(), step.codes
+        for place, (name, reason) in enumerate(zip(step.conversations, step.finished, strict=True)):
+            handle = self._running[name]
+            if not handle.cancelled:
+                self._render(handle, tokens[place], codes[place], reason)
+            if reason is not None:
+                self._forget([name], None)
+
+    def _render(self, handle: Handle, token: int, codes: torch.Tensor, reason: FinishReason | None) -> None:
+        listener, request = handle.listener, handle.request
+        assert listener is not None
+        assert request is not None
+        text, audio = listener.take(token, codes, last=reason is not None)
+        if text or len(audio) or reason:
+            now_s = self.clock()
+            chunk = Chunk(
+                text,
+                audio.float().numpy(),
+                request.rendering.codec.spec.sampling_rate,
+                listener.steps - 1,
+                now_s - handle.submitted_s,
+                reason,
+            )
+            handle._hand_over(chunk, now_s=now_s)
+
+    def _forget(self, names: Sequence[int], error: BaseException | None) -> None:
+        """Let go of conversations; they end with ``error``, if they have not ended."""
+        with self._changed:
+            for name in names:
+                if (handle := self._running.pop(name, None)) is not None:
+                    handle._end(error)
+
+    def _drop_cancelled(self) -> None:
+        """Take conversations that were cancelled out of their batches."""
+        gone = {name for name, handle in list(self._running.items()) if handle.cancelled}
+        if not gone:
+            return
+        for lane in self._lanes.values():
+            for group in lane.groups:
+                names, rows = group.state.names, group.state.rows
+                if not gone.isdisjoint(names):
+                    kept = [at for at, row in enumerate(rows) if names[row.conversation] not in gone]
+                    group.decoder.keep_rows(group.state, kept)
+            lane.drop_empty()
+        self._forget(sorted(gone), None)
