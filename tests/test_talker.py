@@ -60,6 +60,13 @@ def test_sound_comes_before_the_reply_is_over(talker, question):
     assert [chunk.finish_reason for chunk in chunks[:-1]] == [None] * (len(chunks) - 1)
 
 
+@pytest.mark.parametrize(("frames", "step"), [(0, 7), (1, 8), (5, 9)])
+def test_less_lookahead_is_heard_sooner(talker, question, frames, step):
+    chunks = list(talker.stream(question, lookahead_frames=frames, **SHORT))
+    assert next(chunk.step for chunk in chunks if len(chunk.audio)) == step
+    assert sum(len(chunk.audio) for chunk in chunks) == len(talker.chat(question, **SHORT).audio)
+
+
 def test_chat_collects_the_stream(talker, question):
     reply, chunks = talker.chat(question, **SHORT), list(talker.stream(question, **SHORT))
     assert isinstance(reply, Reply)
