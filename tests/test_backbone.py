@@ -25,6 +25,7 @@ FILES = (
     "runner",
     "probes",
     "projection",
+    "static",
     "packing",
     "lora",
     "carried",
@@ -270,7 +271,7 @@ def test_what_enters_the_final_norm_can_be_tapped(family):
     backbone.tap_final_norm()
     whole = backbone(embeddings)
     assert torch.equal(whole.hidden, plain.hidden)
-    (norm,) = backbone._tapped_norm
+    (norm,) = backbone.tapped_norm
     torch.testing.assert_close(norm(whole.tapped), whole.hidden)
     assert not torch.allclose(whole.tapped, whole.hidden)
     first = backbone(embeddings[:, :-2], use_cache=True)
@@ -284,7 +285,7 @@ def test_a_tapped_norm_is_no_weight_of_its_own_and_is_copied_along(llama):
     llama.tap_final_norm()
     assert [name for name, _ in llama.named_parameters()] == names
     twin = copy.deepcopy(llama)
-    assert twin._tapped_norm[0] is twin.lm.model.norm
+    assert twin.tapped_norm[0] is twin.lm.model.norm
 
 
 def test_an_lm_without_a_final_norm_cannot_be_tapped():
@@ -293,3 +294,88 @@ def test_an_lm_without_a_final_norm_cannot_be_tapped():
     backbone = Backbone(lm)
     with pytest.raises(BackboneError, match=r"LlamaForCausalLM has no norm that makes its last hidden state"):
         backbone.tap_final_norm()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2", "opt", "jamba"])
+def test_steps_in_fixed_shapes_come_out_as_others_do(family):
+    """Unrecorded; two rows, of which one is padded and then goes on alone."""
+    backbone = Backbone(build_fresh(family))
+    embeddings = backbone.embed(torch.stack((IDS[0], IDS[0].flip(0))))
+    embeddings[1, :2] = 0
+    mask = torch.ones(2, 7, dtype=torch.long)
+    mask[1, :2] = 0
+    whole = backbone(embeddings, attention_mask=mask)
+    backbone.fix_shapes()
+    assert not backbone.rows_can_join
+    output = backbone(
+        embeddings[:, :4],
+        attention_mask=mask[:, :4],
+        cache=backbone.new_cache(2, 12),
+        use_cache=True,
+        logits_to_keep=None,
+    )
+    for index in (4, 5):
+        output = backbone(
+            embeddings[:, index : index + 1],
+            attention_mask=mask[:, : index + 1],
+            position_ids=mask[:, : index + 1].sum(dim=1, keepdim=True) - 1,
+            cache=output.cache,
+            use_cache=True,
+            logits_to_keep=None,
+        )
+        expected = whole.hidden[:, index : index + 1]
+        torch.testing.assert_close(output.hidden, expected, rtol=1e-4, atol=1e-4)
+        assert (output.logits.shape, output.cache.steps) == ((2, 0, VOCAB_SIZE), index + 1)
+    first_step = output.cache.step
+    cache = backbone.select_rows(output.cache, torch.tensor([1]))
+    assert cache.step is None  # another number of rows is another recording
+    output = backbone(
+        embeddings[1:, 6:],
+        attention_mask=mask[1:],
+        position_ids=torch.tensor([[4]]),
+        cache=cache,
+        use_cache=True,
+        logits_to_keep=None,
+    )
+    torch.testing.assert_close(output.hidden, whole.hidden[1:, 6:], rtol=1e-4, atol=1e-4)
+    assert output.cache.step is not first_step
+
+
+def test_steps_whose_cache_counts_in_python_are_not_recorded():
+    backbone = Backbone(build_fresh("gemma2"))
+    with pytest.raises(BackboneError, match="cannot be recorded: its cache has StaticSlidingWindowLayer"):
+        backbone.fix_shapes()
+    assert backbone.new_cache(1, 4).capacity == 4
+    for family in ("rwkv", "bloom"):  # no state; a mask that must be as long as the steps
+        with pytest.raises(BackboneError, match="ForCausalLM come out otherwise in fixed shapes"):
+            Backbone(build_fresh(family)).fix_shapes()
+
+
+@pytest.mark.gpu
+@torch.no_grad()
+def test_a_recorded_step_gives_what_was_recorded():
+    """Never executed so far: no accelerator was at hand."""
+    device = torch.accelerator.current_accelerator()
+    backbone = Backbone(build_fresh("llama").to(device))
+    backbone.fix_shapes()
+    embeddings = backbone.embed(IDS.to(device).repeat(2, 1))
+    whole = backbone(embeddings)
+    output = backbone(embeddings[:, :3], cache=backbone.new_cache(2, 12), use_cache=True, logits_to_keep=None)
+    for index in range(3, 7):  # the first as it is, the others played
+        output = backbone(
+            embeddings[:, index : index + 1], cache=output.cache, use_cache=True, logits_to_keep=None
+        )
+        torch.testing.assert_close(output.hidden, whole.hidden[:, index : index + 1], rtol=1e-3, atol=1e-3)
+    assert output.cache.step._graph is not None
+
+
+@torch.no_grad()
+def test_passes_in_inference_mode_give_the_same(llama):
+    """Its bookkeeping costs less; caches made inside serve inside."""
+    embeddings = llama.embed(IDS)
+    whole = llama(embeddings)
+    with torch.inference_mode():
+        first = llama(embeddings[:, :4], cache=llama.new_cache(1, 7), use_cache=True)
+        rest = llama(embeddings[:, 4:], cache=first.cache, use_cache=True)
+    assert torch.allclose(torch.cat((first.hidden, rest.hidden), dim=1), whole.hidden, atol=1e-5)

@@ -11,6 +11,7 @@ codes, tokenizers or prompts.
     runner.py       one pass of an LM over embeddings
     probes.py       what only running a few tokens tells
     projection.py   hidden states to logits, by the LM's own head
+    static.py       a step in shapes that never change, for an accelerator to record
     packing.py      several samples in one row
     lora.py         LoRA: where it can go, on and off, to a folder and back
     carried.py      an adapter of others that a base comes with

@@ -18,7 +18,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from omni_adapter.backbone import caches, inspection, probes, projection
+from omni_adapter.backbone import caches, inspection, probes, projection, static
 from omni_adapter.backbone.caches import BackboneCache
 from omni_adapter.backbone.carried import Carried, check_carried, check_unshared, without_copies
 from omni_adapter.backbone.fixed import CachePlan
@@ -62,6 +62,7 @@ class Backbone(Runner):
         self._lora: Lora | None = None
         self._beside: Lora | None = None
         self._carried: Carried | None = None
+        self._fixes_shapes = False
         self._plan_found: tuple[tuple[torch.device, torch.dtype], CachePlan | None] | None = None
         self._is_settled = False
         with torch.no_grad():
@@ -100,6 +101,13 @@ class Backbone(Runner):
         steps = Steps(embeddings, attention_mask, position_ids)
         if attention_mask is not None and attention_mask.dim() > 2:
             steps, cache, use_cache = keep_apart(steps, self, packing=self.packing), None, False
+        if (
+            cache is not None
+            and logits_to_keep is None
+            and embeddings.shape[1] == 1
+            and static.is_static(cache)
+        ):
+            return self._run_static(steps, cache)
         if cache is not None and cache.steps and embeddings.shape[1] > 1 and not self._takes_chunks:
             output = self._run_one_by_one(steps, cache, logits_to_keep=logits_to_keep)
         else:
@@ -108,6 +116,13 @@ class Backbone(Runner):
         if logits_to_keep is not None:
             return output
         return output._replace(logits=output.hidden.new_empty(embeddings.shape[0], 0, self.vocab_size))
+
+    def _run_static(self, steps: Steps, cache: BackboneCache) -> BackboneOutput:
+        """Run a step in shapes that never change."""
+        body = self._body_alone
+        assert body is not None
+        after, hidden, tapped = static.step(self, body, cache, steps)
+        return BackboneOutput(hidden.new_empty(hidden.shape[0], 0, self.vocab_size), hidden, after, tapped)
 
     @property
     def _takes_chunks(self) -> bool:
@@ -169,7 +184,26 @@ class Backbone(Runner):
             None if the LM keeps no state, or one whose memory cannot be fixed.
         """
         plan = self._cache_plan
+        if plan is not None and self._fixes_shapes:
+            return static.static_cache(self, name=plan.name, rows=rows, capacity=capacity)
         return None if plan is None else caches.make(plan, rows=rows, capacity=capacity)
+
+    def fix_shapes(self) -> None:
+        """Let steps have shapes that never change, so that an accelerator records them once and plays them.
+
+        Steps without logits after a cache of ``new_cache`` are run so; on a CPU unrecorded, which is slower
+        than the ordinary way. Recording was never executed, for want of an accelerator: try it before use.
+        Rows cannot join such caches.
+
+        Raises:
+            BackboneError: if this LM's steps cannot be run so.
+        """
+        plan, body = self._cache_plan, self._body_alone
+        if plan is not None:
+            static.static_cache(self, name=plan.name, rows=1, capacity=1)  # raises with the reason
+        if plan is None or body is None or not static.is_exact(self, body, name=plan.name):
+            raise BackboneError(f"steps of {class_name(self.lm)} come out otherwise in fixed shapes")
+        self._fixes_shapes = True
 
     def cache_nbytes(self, rows: int, capacity: int) -> int | None:
         """Bytes that ``new_cache`` takes at most, known before it is made; None where that gives None."""
@@ -205,7 +239,7 @@ class Backbone(Runner):
         Raises:
             BackboneError: if no norm makes the LM's last hidden state.
         """
-        self._tapped_norm = (probes.find_final_norm(self),)
+        self.tapped_norm = (probes.find_final_norm(self),)
 
     def checkpoint_gradients(self) -> None:
         """Compute the LM's states again in backward passes instead of keeping them.
@@ -261,9 +295,17 @@ class Backbone(Runner):
         """Whether rows that are padded on the left come out as they do alone; tried when first asked."""
         return probes.padding_is_exact(self)
 
-    @cached_property
+    @property
     def rows_can_join(self) -> bool:
         """Whether rows that join others in a cache of fixed size go on as they do alone; tried when asked."""
+        plan = self._cache_plan
+        if plan is None or self._fixes_shapes:
+            return False
+        return self._joins_are_exact
+
+    @cached_property
+    def _joins_are_exact(self) -> bool:
+        """What ``rows_can_join`` says of caches of fixed size."""
         plan = self._cache_plan
         return self.padding_is_exact and plan is not None and probes.joins_are_exact(self, plan)
 

@@ -26,12 +26,14 @@ class BackboneCache:
         rows: rows B of the batch that it belongs to.
         steps: steps that it has seen, padding included.
         capacity: steps that it can hold, in memory taken once; None if it grows.
+        step: what runs its next step, if its shapes never change.
     """
 
     states: dict[str, Any]
     rows: int
     steps: int
     capacity: int | None = None
+    step: Any = None
 
     @property
     def nbytes(self) -> int:

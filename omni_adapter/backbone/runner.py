@@ -81,6 +81,7 @@ class Runner(nn.Module):
         accepts: argument names that the LM's forward takes.
         replays: whether all steps are run again at each cached step, for want of a usable state.
         position_offset: position id that means the first position to the LM.
+        tapped_norm: the norm whose input passes return as well, if any.
         activation_dtype: type that the input embeddings come out in, None for that of their table.
 
     Raises:
@@ -94,7 +95,7 @@ class Runner(nn.Module):
         self.replays = False
         self.position_offset = 0
         self.activation_dtype: torch.dtype | None = None
-        self._tapped_norm: tuple[nn.Module, ...] = ()  # in a tuple: it is the LM's already
+        self.tapped_norm: tuple[nn.Module, ...] = ()  # in a tuple: it is the LM's already
         self._bodies: tuple[list[nn.Module], list[nn.Module]] = ([], [])  # children of the LM, and its bodies
 
     @property
@@ -173,16 +174,16 @@ class Runner(nn.Module):
         arguments |= states
         # A copy, since some LMs scale their input in place.
         arguments["inputs_embeds"] = steps.embeddings.clone()
-        with watched_inputs(self._tapped_norm) as inputs:
+        with watched_inputs(self.tapped_norm) as inputs:
             if logits_to_keep is None and alone is not None:
-                output = alone(**_taken(alone, arguments))
+                output = alone(**taken(alone, arguments))
                 hidden: Tensor = output.last_hidden_state
                 logits = hidden[:, :0]
             else:
                 output, hidden = self._call(arguments | self.accepted(logits_to_keep=logits_to_keep or 0))
                 logits = output["logits"]
                 logits = logits[:, :0] if logits_to_keep is None else logits[:, -logits_to_keep:]
-        tapped = inputs[-1] if self._tapped_norm else hidden
+        tapped = inputs[-1] if self.tapped_norm else hidden
         if not use_cache:
             return BackboneOutput(logits, hidden, None, tapped)
         if states := self.accepted(**output):
@@ -249,7 +250,7 @@ def _parameters(kind: type[nn.Module]) -> frozenset[str] | None:
     return frozenset(parameters)
 
 
-def _taken(module: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
+def taken(module: nn.Module, arguments: dict[str, Any]) -> dict[str, Any]:
     """Those of the arguments that a module takes."""
     names = _parameters(type(module))  # type: ignore[arg-type]  # a class can be hashed
     return arguments if names is None else {name: arguments[name] for name in arguments if name in names}
