@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from omni_adapter.bench.modes import MODES, REFERENCES, why_not
+from omni_adapter.bench.presets import SHAPES
 from omni_adapter.bench.probe import Probe
 from omni_adapter.bench.reference import shape_of
 from omni_adapter.bench.speed import Row
@@ -77,6 +78,7 @@ def compare_memory(workshop: Workshop) -> dict[str, Any]:
             seconds=workshop.settings.seconds,
             steps=workshop.settings.reply_steps // 2 + 4,
             stride=workshop.settings.stride,
+            preset=SHAPES.get(workshop.name),
             shape=shape,
         )
         try:

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from omni_adapter.audio.codec import SnacConfig
-from omni_adapter.bench.presets import Preset, load_talker
+from omni_adapter.bench.presets import Preset, load_talker, make_tokenizer
 from omni_adapter.modules.tts_blocks import TtsBlocks
 from omni_adapter.talker import OmniAdapter
 from omni_adapter.vocab import CodeVocabulary
@@ -57,11 +57,22 @@ def why_not(mode: Mode) -> str | None:
     return None
 
 
-def load_mode(name: str, mode: Mode, *, device: torch.device) -> OmniAdapter:
-    """Load the talker ``name``, a folder or Hub id, in a mode."""
+def load_mode(name: str, mode: Mode, *, device: torch.device, preset: str | None = None) -> OmniAdapter:
+    """Load a talker in a mode.
+
+    Args:
+        name: folder or Hub id.
+        mode: in which it shall decode.
+        device: where to.
+        preset: the one whose random weights it has; transformers would load its tokenizer as that of the
+            base's family.
+    """
+    loading = {"tokenizer": make_tokenizer(preset)} if preset else {}
     if mode.precision is None:
-        return load_talker(name, dtype="float32").to(device)
-    return load_talker(name, precision=mode.precision).to(device)
+        return load_talker(name, dtype="float32", **loading).to(device)
+    if device.type == "cpu":
+        return load_talker(name, precision=mode.precision, **loading)
+    return load_talker(name, **loading).to(device).pack(mode.precision)
 
 
 @dataclass(frozen=True)

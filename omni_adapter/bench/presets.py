@@ -202,7 +202,7 @@ def random_talker(preset: str, *, dtype: str = "float32", seed: int = 0, **setti
         codec = SnacCodec.from_model(snac.SNAC(**sizes.codec))
     return OmniAdapter.wrap(
         lm,
-        tokenizer=_tokenizer(sizes.lm["vocab_size"]),
+        tokenizer=make_tokenizer(preset),
         encoder=encoder,
         codec=codec,
         seed=seed,
@@ -242,8 +242,9 @@ def question_for(talker: OmniAdapter, seconds: float) -> list[dict[str, Any]]:
     return [{"role": "user", "content": content}]
 
 
-def _tokenizer(vocab_size: int) -> PreTrainedTokenizerFast:
-    """A word for each id, so that whatever is decoded can be read."""
+def make_tokenizer(preset: str) -> PreTrainedTokenizerFast:
+    """Return the tokenizer of a preset: a word for each id, so that whatever is decoded can be read."""
+    vocab_size = PRESETS[preset].lm["vocab_size"]
     words = ["<end>", "<unknown>", *(f"word{index}" for index in range(2, vocab_size))]
     vocabulary = {word: index for index, word in enumerate(words)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unknown>"))

@@ -35,6 +35,7 @@ class Probe:
         seconds: length of the question.
         steps: of the reply.
         stride: frames per chunk of sound.
+        preset: of a talker with random weights.
         shape: sizes of the published network.
     """
 
@@ -45,6 +46,7 @@ class Probe:
     seconds: float
     steps: int
     stride: int
+    preset: str | None = None
     shape: dict[str, Any] | None = None
 
 
@@ -106,7 +108,7 @@ def run_probe(probe: Probe) -> Footprint:
 
 def _ours(probe: Probe, device: torch.device) -> Any:
     mode = next(mode for mode in MODES if mode.name == probe.mode)
-    talker = load_mode(probe.source, mode, device=device)
+    talker = load_mode(probe.source, mode, device=device, preset=probe.preset)
     question = question_for(talker, probe.seconds)
     return lambda: speak(talker, [question], steps=probe.steps, stride=probe.stride)
 

@@ -32,6 +32,7 @@ from omni_adapter.talker import OmniAdapter
 
 _ROWS = 2
 _TEMPERATURE = 0.9
+_NUMBERS = 1_000_003  # random numbers, which repeat; a prime, so that no two rows of a matrix are alike
 
 
 @dataclass(frozen=True)
@@ -252,13 +253,15 @@ def random_reference(shape: ReferenceShape, *, dtype: torch.dtype, device: torch
     with torch.device("meta"):
         model = ReferenceModel(shape)
     model = model.to(dtype).to_empty(device=device)
-    generator = torch.Generator(device).manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
+    numbers = ((torch.rand(_NUMBERS, generator=generator) - 0.5) / 16).to(device, dtype)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if name.endswith("norm.weight"):
                 weight.fill_(1)
-            else:
-                weight.uniform_(-0.03, 0.03, generator=generator)
+                continue
+            for part in weight.view(-1).split(_NUMBERS):
+                part.copy_(numbers[: len(part)])
     model.make_tables(device)
     return model.eval().requires_grad_(False)
 

@@ -206,7 +206,9 @@ class Workshop:
         if name not in self._talkers:
             self.say(f"loading {name}")
             mode = next(mode for mode in MODES if mode.name == name)
-            self._talkers[name] = load_mode(self.source, mode, device=self.device)
+            self._talkers[name] = load_mode(
+                self.source, mode, device=self.device, preset=SHAPES.get(self.name)
+            )
         return self._talkers[name]
 
     def references(self) -> list[str]:
