@@ -33,6 +33,7 @@ from omni_adapter.engine import PackReport, PackSettings, light, pack
 from omni_adapter.errors import CheckpointError, ConfigError, PromptError
 from omni_adapter.generation.batcher import Batcher, Request
 from omni_adapter.generation.generator import Decoder, GenerationSettings
+from omni_adapter.generation.sampling import CodeAutomaton
 from omni_adapter.generation.schedule import Schedule
 from omni_adapter.generation.streaming import Chunk, Rendering, Reply, stream_chunks
 from omni_adapter.model import ADDED_GROUPS, OmniModel
@@ -40,6 +41,8 @@ from omni_adapter.model_card import CardFacts
 from omni_adapter.session import HearingMode, Session, SessionSettings
 
 logger = logging.getLogger(__name__)
+
+_QUIET = 30  # how far noise lies below full scale
 
 EXPORT_FORMS = ("merged", "peft")
 """What becomes of LoRA when a whole talker is exported."""
@@ -280,6 +283,26 @@ class OmniAdapter:
         """
         self.pack_report = pack(self.model, precision, settings=settings)
         return self
+
+    def warm_up(self, *, seconds: float = 1.0) -> float:
+        """Answer some noise and throw the answer away, so that no later call waits for what is done once.
+
+        What is done once: finding out how this LM is best run, taking memory, choosing kernels. Replies are
+        the same with and without.
+
+        Args:
+            seconds: length of the noise; longer recordings may still touch memory that is new.
+
+        Returns:
+            Seconds that it took.
+        """
+        began = time.perf_counter()
+        rate = self.processor.log_mel.sampling_rate
+        noise = torch.randn(int(seconds * rate), generator=torch.Generator().manual_seed(0)) / _QUIET
+        steps = CodeAutomaton.least_steps(self.processor.rules.delays) + 1
+        settings = GenerationSettings(max_new_tokens=steps)
+        self.chat((noise.numpy(), rate), settings=settings)
+        return time.perf_counter() - began
 
     @property
     def tokenizer(self) -> Any:

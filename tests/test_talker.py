@@ -341,3 +341,17 @@ def copy_of(folder, tmp_path):
     import shutil
 
     return shutil.copytree(folder, tmp_path / "copy")
+
+
+def test_after_a_warm_up_nothing_is_found_out_any_more(question):
+    """What probes found is kept under the names of properties; a reply after a warm-up adds none."""
+    warmed, cold = fresh_talker(), fresh_talker()
+    before = set(vars(warmed.model.backbone))
+    assert warmed.warm_up(seconds=0.5) > 0
+    found = set(vars(warmed.model.backbone))
+    assert found > before
+    reply = warmed.chat(question, **SHORT)
+    assert set(vars(warmed.model.backbone)) == found
+    expected = cold.chat(question, **SHORT)
+    assert reply.text == expected.text
+    assert np.array_equal(reply.audio, expected.audio)
