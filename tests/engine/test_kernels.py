@@ -54,7 +54,7 @@ def test_plain_kernel_is_bit_identical():
 @pytest.mark.skipif(RowwiseInt8 not in USABLE, reason=f"no 8-bit products here: {why_not(RowwiseInt8)}")
 @torch.no_grad()
 def test_a_row_in_8_bits_comes_out_as_it_does_alone():
-    """A neighbour with values a thousand times as large changes nothing, which per-tensor scales cannot do."""
+    """A neighbour with values a thousand times as large changes nothing, unlike with one scale for all."""
     torch.manual_seed(0)
     kernel = RowwiseInt8(torch.randn(48, 64), torch.randn(48))
     rows = torch.randn(4, 64) * torch.tensor([[1.0], [1000.0], [0.001], [0.0]])

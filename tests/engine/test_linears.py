@@ -99,11 +99,13 @@ def test_a_packed_layer_answers_for_the_layer_it_replaces():
 
 def test_a_packed_layer_refuses_to_learn_and_to_move():
     model = nn.Sequential(packed(nn.Linear(8, 6)))
-    with pytest.raises(TrainingError, match="packed for int8 cannot learn; load the talker without precision"):
+    with pytest.raises(
+        TrainingError, match="packed for int8 cannot learn; load the talker without precision"
+    ):
         model.train()
     with pytest.raises(TrainingError, match="no gradient flows"):
         model(torch.randn(1, 8, requires_grad=True))
-    with pytest.raises(ConfigError, match="stay on cpu, asked for cpu and torch.bfloat16"):
+    with pytest.raises(ConfigError, match=r"stay on cpu, asked for cpu and torch\.bfloat16"):
         model.to(torch.bfloat16)
     model.eval()
     model.to("cpu")
