@@ -29,7 +29,7 @@ from omni_adapter.data.processor import (
     task_of,
     tokenizer_fingerprint,
 )
-from omni_adapter.engine import PackReport, PackSettings, light, pack
+from omni_adapter.engine import PackReport, PackSettings, let_go, light, pack
 from omni_adapter.errors import CheckpointError, ConfigError, PromptError
 from omni_adapter.generation.batcher import Batcher, Request
 from omni_adapter.generation.generator import Decoder, GenerationSettings
@@ -239,6 +239,8 @@ class OmniAdapter:
             options=replace(options, revision=config.encoder.revision if encoder is None else None),
         )
         hub.check_fingerprint("encoder", config.encoder, audio_encoder.fingerprint())
+        if precision is not None:
+            let_go(audio_encoder)
         loaded_codec, _ = hub.load_codec(
             codec if codec is not None else hub.part_location(config.codec, folder, trusted=trusted),
             options=replace(options, revision=config.codec.revision if codec is None else None),

@@ -16,6 +16,7 @@ A file imports from those above it.
 
 from omni_adapter.engine.kernels import KERNELS
 from omni_adapter.engine.linears import PackedLinear
+from omni_adapter.engine.memory import let_go
 from omni_adapter.engine.pack import PackReport, PackSettings, light, pack, relative_error
 from omni_adapter.engine.precision import PRECISIONS, Precision, choose_precision
 
@@ -27,6 +28,7 @@ __all__ = [
     "PackedLinear",
     "Precision",
     "choose_precision",
+    "let_go",
     "light",
     "pack",
     "relative_error",

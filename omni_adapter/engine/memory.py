@@ -20,6 +20,17 @@ _MAPS = Path("/proc/self/smaps")
 _SUFFIX = ".safetensors"
 
 
+def let_go(*roots: nn.Module) -> None:
+    """Give back what the weights of ``roots`` hold of mapped checkpoints, and what was freed elsewhere."""
+    files = MappedFiles()
+    for root in roots:
+        for weight in root.parameters():
+            files.release(weight)
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
+
+
 class MappedFiles:
     """Checkpoints that are mapped into this process and were not written to since.
 

@@ -18,7 +18,7 @@ from omni_adapter.backbone import Backbone
 from omni_adapter.backbone.probes import sample
 from omni_adapter.engine.kernels import Kernel
 from omni_adapter.engine.linears import PackedLinear, Siblings
-from omni_adapter.engine.memory import MappedFiles
+from omni_adapter.engine.memory import MappedFiles, let_go
 from omni_adapter.engine.precision import Choice, choose_precision
 from omni_adapter.engine.rehearsal import (
     Casting,
@@ -211,8 +211,7 @@ class _Packer:
     def run(self) -> PackReport:
         """Pack, part by part and layer by layer."""
         model, backbone = self.model, self.model.backbone
-        for weight in model.parameters():
-            self.files.release(weight)
+        let_go(model)
         _fold_lora(backbone)
         self.files = MappedFiles()  # of those that LoRA was not added to
         with self.files.released_after_use(model):
@@ -221,8 +220,10 @@ class _Packer:
         activations = self._activations(castings["backbone.lm"][1])
         for part, casting in castings.values():
             self.kept |= {f"{part.name}.{name}": reason for name, reason in casting.kept.items()}
-            for group in casting.groups:
+            # The largest first: while one is packed, it is there twice.
+            for group in sorted(casting.groups, key=lambda names: -_size_of(part, names)):
                 self._pack_group(part, group, dtype=activations)
+            let_go()
         widen(model, dtype=activations, but=backbone.embedding_table)
         self._narrow_table(activations)
         backbone.activation_dtype = activations
@@ -231,8 +232,7 @@ class _Packer:
             for name, (part, casting) in castings.items()
             if name in _OUTPUTS
         }
-        for weight in model.parameters():
-            self.files.release(weight)
+        let_go(model)
         return PackReport(
             self.choice.precision,
             self.asked,
@@ -354,6 +354,11 @@ def parts_of(model: OmniModel) -> Iterator[Part]:
 
     yield Part("tts_blocks", model.tts_blocks, run_voice, _DECODED_ROWS)
     yield Part("code_heads", model.code_heads, run_voice, 1)
+
+
+def _size_of(part: Part, names: Sequence[str]) -> int:
+    """Numbers in the weights of layers."""
+    return sum(linear_weight(part.root.get_submodule(name)).numel() for name in names)
 
 
 def _dtype_of(model: OmniModel) -> Callable[[], torch.dtype]:
