@@ -33,7 +33,16 @@ from snac.layers import NoiseBlock
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from omni_adapter.audio.snac_decoder import CodecPrecision, DecoderState, SnacDecoder, lay_out, reach
+from omni_adapter.audio.snac_decoder import (
+    CodecPrecision,
+    DecoderState,
+    SnacDecoder,
+    can_join,
+    join_states,
+    lay_out,
+    reach,
+    select_states,
+)
 from omni_adapter.config import CodecSpec, Positive, parse
 from omni_adapter.errors import AudioError, CheckpointError, CodeGridError, ConfigError
 from omni_adapter.tensor_files import check_finite, check_shapes, read_safetensors, read_torch_file
@@ -126,6 +135,34 @@ class CodecStream:
         """Return the samples [m] that were held back; the stream takes no codes after this."""
         return self._flush(self._state)[self._ahead :]
 
+    @staticmethod
+    def push_together(streams: Sequence["CodecStream"], codes: Tensor) -> list[Tensor]:
+        """Push the next codes of several streams of one codec, in one call where their states can be joined.
+
+        The samples are those of ``push`` within rounding, since rows are multiplied together.
+
+        Args:
+            streams: different ones, B in all.
+            codes: integer codes, [B, K, n].
+
+        Returns:
+            For each stream what ``push`` returns.
+        """
+        first = streams[0]
+        states = [stream._state for stream in streams]
+        if len(streams) == 1 or not all(
+            stream._lookahead_frames is None
+            and isinstance(stream._state, DecoderState)
+            and can_join(first._state, stream._state)
+            for stream in streams
+        ):
+            return [stream.push(part) for stream, part in zip(streams, codes, strict=True)]
+        joined = join_states(states)
+        samples = first._codec.decode_chunk(codes, joined)
+        for place, stream in enumerate(streams):
+            stream._state = select_states(joined, [place])
+        return list(samples)
+
     def _flush(self, state: Any) -> Tensor:
         no_codes = torch.empty(1, self._codec.spec.num_codebooks, 0, dtype=torch.long)
         return self._codec.decode_chunk(no_codes, state, last=True)[0]
@@ -182,8 +219,7 @@ class SnacCodec(nn.Module):
         self.spec = config.spec
         self.context_samples = _context_samples(self.model.decoder, self.spec)
         self.precision: CodecPrecision = "fp32"
-        self._decoder = SnacDecoder(self.model.decoder, latents_per_frame=max(self.spec.level_strides))
-        self._decoder_of = self._weights_at()
+        self._prepare()
 
     @classmethod
     def from_model(cls, model: snac.SNAC) -> "SnacCodec":
@@ -242,7 +278,7 @@ class SnacCodec(nn.Module):
         return super().train(False)
 
     def pack(self, precision: CodecPrecision) -> None:
-        """Choose how the decoder computes from now on.
+        """Choose how the decoder computes from now on. Streams that have begun must have ended.
 
         Args:
             precision: ``fp32`` in the weights' own dtype, ``bf16`` with the operands of its large matrix
@@ -254,7 +290,7 @@ class SnacCodec(nn.Module):
                 f"a codec computes in one of {', '.join(get_args(CodecPrecision))}, got {precision!r}"
             )
         self.precision = precision
-        self._decoder_of = ()
+        self._prepare()
 
     @torch.no_grad()
     def encode(self, waveform: Tensor) -> Tensor:
@@ -306,6 +342,8 @@ class SnacCodec(nn.Module):
             first_frame: absolute number of the first frame, one for all or [B].
             seed: seed of the decoder's noise.
         """
+        if self._decoder_of != self._weights_at():
+            self._prepare()
         first_frames = torch.as_tensor(first_frame).expand(batch_size).tolist()
         return DecoderState(seeds=[seed] * batch_size, first_frames=first_frames)
 
@@ -326,10 +364,11 @@ class SnacCodec(nn.Module):
                 after the last chunk.
         """
         self._check(codes, state)
-        decoder, weight = self._streaming_decoder(), self._weight
+        decoder, weight = self._decoder, self._weight
         pieces = [weight.new_empty(0, len(codes))]
-        for frame in codes.to(weight.device, torch.long).unbind(dim=-1):
-            pieces.append(decoder(self._latents(frame), state))
+        levels = levels_from_rows(codes.to(weight.device, torch.long), self.spec)
+        for frame in range(codes.shape[-1]):
+            pieces.append(decoder(self._latents(levels, frame), state))
             state.num_frames += 1
         state.finished = last
         if last and state.num_frames:
@@ -338,34 +377,33 @@ class SnacCodec(nn.Module):
         waveform = torch.cat(pieces).t()
         return waveform.to(torch.promote_types(waveform.dtype, torch.float32)).contiguous()
 
-    def _latents(self, frame: Tensor) -> Tensor:
-        """Codes [B, K] of one frame to latents [n, B, C]."""
-        levels = levels_from_rows(frame[..., None], self.spec)
+    def _latents(self, levels: Sequence[Tensor], frame: int) -> Tensor:
+        """Latents [n, B, C] of one frame of the codes of all levels."""
         latents: Tensor | None = None
         for quantizer, codes in zip(self.model.quantizer.quantizers, levels, strict=True):
             projection = quantizer.out_proj
-            found = nn.functional.embedding(codes.t(), quantizer.codebook.weight)
+            size = max(self.spec.level_strides) // quantizer.stride
+            own = codes[:, frame * size : (frame + 1) * size].t()
+            found = nn.functional.embedding(own, quantizer.codebook.weight)
             spread = nn.functional.linear(found, projection.weight[:, :, 0], projection.bias)
             spread = spread.repeat_interleave(quantizer.stride, dim=0)
             latents = spread if latents is None else latents + spread
         assert latents is not None
         return latents
 
-    def _streaming_decoder(self) -> SnacDecoder:
-        """The decoder of the weights as they are now."""
-        weights_at = self._weights_at()
-        if weights_at != self._decoder_of:
-            self._decoder = SnacDecoder(
-                self.model.decoder,
-                latents_per_frame=max(self.spec.level_strides),
-                precision=self.precision,
-            )
-            self._decoder_of = weights_at
-        return self._decoder
+    def _prepare(self) -> None:
+        """Lay out the decoder's weights as they are now."""
+        self._decoder = SnacDecoder(
+            self.model.decoder, latents_per_frame=max(self.spec.level_strides), precision=self.precision
+        )
+        self._decoder_of = self._weights_at()
 
     def _weights_at(self) -> tuple[tuple[int, int], ...]:
         """Where the decoder's weights lie, and how often they were changed."""
-        return tuple((weight.data_ptr(), weight._version) for weight in self.model.decoder.parameters())
+        return tuple(
+            (weight.data_ptr(), 0 if weight.is_inference() else weight._version)
+            for weight in self.model.decoder.parameters()
+        )
 
     @property
     def _weight(self) -> Tensor:

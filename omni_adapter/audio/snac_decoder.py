@@ -5,7 +5,8 @@ Latents [n, B, C] -> samples [m, B]. Knows nothing of codes, files or settings o
 Time stands first and channels last: the rows of B conversations that share a moment lie together, so every
 convolution of width one is one matrix product over all rows, a wider one reaches B rows further for each step
 of its dilation, and a transposed one is one matrix product and the addition of neighbours. Every layer keeps
-the inputs that its next outputs need; no sample is computed twice.
+the inputs that its next outputs need; no sample is computed twice. (``len`` of a tensor is a Python function;
+``shape[0]`` is not.)
 
 Some arithmetic is done at load. ``x + sin(a x)^2 / a`` is ``(u + sin(u)^2) / a`` with ``u = a x``: where a
 convolution stands before or behind it, ``a`` is part of that one's weights. A bias before a Snake is part of
@@ -209,7 +210,7 @@ class _Stage:
     def __call__(self, x: Tensor, step: _Step) -> Tensor:
         inputs = self._snake(x).mul_(self._snake.inverse)
         buffer, start = self._upsample(inputs, step, room=self._room)
-        stop = len(buffer)
+        stop = buffer.shape[0]
         if self._noise is not None:
             self._noise(buffer[start:], step)
         for unit in self._residuals:
@@ -283,7 +284,7 @@ class _RoundedMatrix:
 
     def __call__(self, rows: Tensor) -> Tensor:
         rows = rows.to(torch.bfloat16)
-        if self._packed and len(rows):
+        if self._packed and rows.shape[0]:
             product = torch.ops.mkldnn._linear_pointwise(rows, self._weight, self._bias, "none", [], "")
         elif self._packed:
             product = rows.new_empty(0, self._width)
@@ -327,8 +328,8 @@ class _Convolution:
     def __call__(self, x: Tensor, step: _Step) -> Tensor:
         """Convolve the next rows [n, B, C]."""
         rows = self.room(x.shape[0], x, step)
-        kept = len(rows) - len(x) - (self.padding if step.last else 0)
-        rows[kept : kept + len(x)] = x
+        kept = rows.shape[0] - x.shape[0] - (self.padding if step.last else 0)
+        rows[kept : kept + x.shape[0]] = x
         return self.convolve(rows, step)
 
     def room(self, count: int, like: Tensor, step: _Step) -> Tensor:
@@ -339,7 +340,7 @@ class _Convolution:
         if self.reach == 0:
             return like.new_empty(count, *like.shape[1:])
         held = step.take(self.name)
-        kept = self.padding if held is None else len(held)
+        kept = self.padding if held is None else held.shape[0]
         rows = like.new_empty(kept + count + (self.padding if step.last else 0), *like.shape[1:])
         rows[:kept] = 0 if held is None else held
         rows[kept + count :] = 0
@@ -348,7 +349,7 @@ class _Convolution:
     def convolve(self, rows: Tensor, step: _Step) -> Tensor:
         """Rows [m, B, C], as :meth:`room` lays them out, to the outputs that they are enough for."""
         batch, width = rows.shape[1:]
-        count = max(0, len(rows) - self.reach)
+        count = max(0, rows.shape[0] - self.reach)
         if self.reach:
             step.keep(self.name, rows[count:])
         if count == 0:
@@ -415,10 +416,10 @@ class _Noise:
 
     def __call__(self, x: Tensor, step: _Step) -> None:
         """Add it to the rows [n, B, C], in place."""
-        if len(x) == 0:
+        if x.shape[0] == 0:
             return
         start, rate = step.state.noise_positions.get(self._name, 0), self._rate
-        stop = start + len(x)
+        stop = start + x.shape[0]
         step.state.noise_positions[self._name] = stop
         frames = range(start // rate, -(-stop // rate))
         noise = torch.stack(
@@ -467,20 +468,20 @@ class _Residual:
             Where the outputs begin and end. They lag behind the inputs, which wait for them.
         """
         x = buffer[start:stop]
-        rows = self._conv.room(len(x), x, step)
-        kept = len(rows) - len(x) - (self.padding if step.last else 0)
-        self._first(x, out=rows[kept : kept + len(x)])
+        rows = self._conv.room(x.shape[0], x, step)
+        kept = rows.shape[0] - x.shape[0] - (self.padding if step.last else 0)
+        self._first(x, out=rows[kept : kept + x.shape[0]])
         added = _wave_(self._conv.convolve(rows, step))
         waiting = step.take(self._name)
         if waiting is not None:
-            start -= len(waiting)
-            buffer[start : start + len(waiting)] = waiting
-        outputs = buffer[start : start + len(added)]
-        step.keep(self._name, buffer[start + len(added) : stop])
-        if len(added):
+            start -= waiting.shape[0]
+            buffer[start : start + waiting.shape[0]] = waiting
+        outputs = buffer[start : start + added.shape[0]]
+        step.keep(self._name, buffer[start + added.shape[0] : stop])
+        if added.shape[0]:
             width = buffer.shape[-1]
             self._mix.add_to(outputs.view(-1, width), added.view(-1, width))
-        return start, start + len(added)
+        return start, start + added.shape[0]
 
 
 class _Exit:
@@ -498,12 +499,12 @@ class _Exit:
         count, batch, width = x.shape
         places = self._places
         held = step.take(self._name)
-        kept = self._padding if held is None else len(held)
+        kept = self._padding if held is None else held.shape[0]
         rows = x.new_empty(kept + count + (self._padding if step.last else 0), batch, places)
         rows[:kept] = 0 if held is None else held
         rows[kept + count :] = 0
         torch.mm(self._snake(x).view(-1, width), self._weight, out=rows[kept : kept + count].view(-1, places))
-        outputs = max(0, len(rows) - (places - 1))
+        outputs = max(0, rows.shape[0] - (places - 1))
         step.keep(self._name, rows[outputs:])
         # An output adds place k of the row k later.
         strides = (batch * places, places, batch * places + 1)

@@ -281,6 +281,16 @@ def test_changed_weights_are_heard():
     assert torch.equal(after_change, SnacCodec.from_model(codec.model).decode(codes))
 
 
+def test_made_in_inference_mode(codec):
+    codes = random_codes(codec, 4)
+    with torch.inference_mode():
+        made = SnacCodec.from_model(codec.model)
+        state = made.start()
+        parts = [made.decode_chunk(codes[..., :2], state)]
+    parts.append(made.decode_chunk(codes[..., 2:], state, last=True))
+    assert torch.equal(torch.cat(parts, dim=-1), codec.decode(codes))
+
+
 def test_a_snake_without_a_wave_is_the_identity():
     codec = lively(SnacCodec.from_model(snac_model(noise=False)))
     with torch.no_grad():
