@@ -413,6 +413,7 @@ class OmniAdapter:
         max_steps: int = 2 * 1024,
         lead_s: float | None = 0.5,
         patience_s: float = 2.0,
+        exact_sound: bool = True,
     ) -> Batcher:
         """Return a server that answers many conversations at once, which come and go at any moment.
 
@@ -432,6 +433,9 @@ class OmniAdapter:
             lead_s: seconds of sound that listeners keep in hand while the prompts and first steps of
                 newcomers come first; None lets all go on in step, which takes least time in all.
             patience_s: seconds after which a prompt that waits is read although a listener may notice.
+            exact_sound: make each sound bit for bit as :meth:`stream` does; otherwise the codec decodes the
+                frames of all conversations in one call, which takes less time: within rounding, and in chunks
+                that begin elsewhere.
 
         Raises:
             ConfigError: if a number is below its least.
@@ -442,6 +446,7 @@ class OmniAdapter:
             max_waiting=max_waiting,
             max_steps=max_steps,
             schedule=Schedule(lead_s=lead_s, patience_s=patience_s),
+            exact_sound=exact_sound,
         )
 
     def _request(

@@ -24,6 +24,7 @@ from typing import Any, Self
 
 import torch
 
+from omni_adapter.audio.codec import CodecStream
 from omni_adapter.data.collator import Sample, collate
 from omni_adapter.errors import BusyError, ConfigError, ContextOverflowError
 from omni_adapter.generation.generator import Decoder, FinishReason, Step
@@ -121,10 +122,12 @@ class _Group:
     Attributes:
         decoder: takes them.
         state: of all of them.
+        tick: steps taken.
     """
 
     decoder: Decoder
     state: DecodingState
+    tick: int = 0
 
 
 @dataclass
@@ -154,6 +157,18 @@ class _Lane:
         self.together = [group for group in self.together if group.state.names or self.joins]
 
 
+class _Heard:
+    """What a step brought to one conversation."""
+
+    def __init__(self, handle: Handle, token: int, codes: torch.Tensor, reason: FinishReason | None) -> None:
+        assert handle.listener is not None
+        assert handle.request is not None
+        self.handle, self.listener, self.request = handle, handle.listener, handle.request
+        self.voice = self.listener.voice
+        self.token, self.codes, self.reason = token, codes, reason
+        self.sound = torch.empty(0)
+
+
 class Batcher:
     """Answers many conversations at once.
 
@@ -167,6 +182,8 @@ class Batcher:
         max_waiting: that wait for a place; one more is refused.
         max_steps: columns of prompt and reply together, for which memory is made once per conversation.
         schedule: chooses who is served.
+        exact_sound: decode each conversation's codes by themselves, so that its sound is bit for bit that of
+            a conversation alone; otherwise those of all at once, which is within rounding and quicker.
         clock: seconds.
 
     Attributes:
@@ -184,6 +201,7 @@ class Batcher:
         max_waiting: int,
         max_steps: int,
         schedule: Schedule,
+        exact_sound: bool = True,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         for name, value, least in (
@@ -195,7 +213,7 @@ class Batcher:
                 raise ConfigError(f"{name} must be at least {least}, got {value}")
         self.prepare = prepare
         self.max_conversations, self.max_waiting, self.max_steps = max_conversations, max_waiting, max_steps
-        self.schedule, self.clock = schedule, clock
+        self.schedule, self.exact_sound, self.clock = schedule, exact_sound, clock
         self.most_together = 0
         self._waiting: deque[Handle] = deque()
         self._running: dict[int, Handle] = {}
@@ -324,7 +342,7 @@ class Batcher:
 
     def turn(self) -> bool:
         """Do what comes next: read a prompt, or take a step. Return False if there was nothing to do."""
-        with self._turning, torch.no_grad():
+        with self._turning, torch.inference_mode():
             self._drop_cancelled()
             turn = self._choose()
             if turn == "wait":
@@ -421,7 +439,8 @@ class Batcher:
         self.most_together = max(self.most_together, len(names))
         try:
             for step in group.decoder.turn(group.state):
-                self._deliver(step)
+                group.tick += 1
+                self._deliver(step, tick=group.tick)
         except Exception as error:  # whatever it is, other groups go on
             logger.exception("a step failed; it ends %d conversations", len(names))
             self._forget(names, error)
@@ -429,32 +448,55 @@ class Batcher:
             lane.together = [other for other in lane.together if other is not group]
         lane.drop_empty()
 
-    def _deliver(self, step: Step) -> None:
+    def _deliver(self, step: Step, *, tick: int) -> None:
         """Turn ids into chunks for those who wait for them."""
-        tokens, codes = step.text.tolist(), step.codes
-        for place, (name, reason) in enumerate(zip(step.conversations, step.finished, strict=True)):
-            handle = self._running[name]
-            if not handle.cancelled:
-                self._render(handle, tokens[place], codes[place], reason)
-            if reason is not None:
-                self._forget([name], None)
+        tokens = step.text.tolist()
+        heard = [
+            _Heard(self._running[name], tokens[place], step.codes[place], step.finished[place])
+            for place, name in enumerate(step.conversations)
+            if not self._running[name].cancelled
+        ]
+        self._decode([one for one in heard if one.voice], tick=None if self.exact_sound else tick)
+        for one in heard:
+            self._render(one)
+        self._forget(
+            [name for name, reason in zip(step.conversations, step.finished, strict=True) if reason], None
+        )
 
-    def _render(self, handle: Handle, token: int, codes: torch.Tensor, reason: FinishReason | None) -> None:
-        listener, request = handle.listener, handle.request
-        assert listener is not None
-        assert request is not None
-        text, audio = listener.take(token, codes, last=reason is not None)
-        if text or len(audio) or reason:
+    def _decode(self, heard: Sequence["_Heard"], *, tick: int | None) -> None:
+        """Decode the sound that is due: each alone if ``tick`` is None, else all at once that are alike."""
+        alike: dict[tuple[int, int], list[tuple[_Heard, torch.Tensor]]] = {}
+        for one in heard:
+            assert one.voice is not None
+            frames = one.voice.take(one.codes, tick=tick)
+            if frames is not None:
+                key = (
+                    (id(one.request.rendering.codec), frames.shape[-1])
+                    if tick is not None
+                    else (one.handle.name, 0)
+                )
+                alike.setdefault(key, []).append((one, frames))
+        for group in alike.values():
+            streams = [one.voice.stream for one, _ in group if one.voice]
+            sounds = CodecStream.push_together(streams, torch.stack([frames for _, frames in group]))
+            for (one, _), sound in zip(group, sounds, strict=True):
+                one.sound = sound.cpu()
+
+    def _render(self, one: "_Heard") -> None:
+        """Hand over what a step brought to one conversation, if it brought anything."""
+        text = one.listener.write(one.token, last=one.reason is not None)
+        audio = one.listener.end(one.sound) if one.reason else one.sound
+        if text or len(audio) or one.reason:
             now_s = self.clock()
             chunk = Chunk(
                 text,
                 audio.float().numpy(),
-                request.rendering.codec.spec.sampling_rate,
-                listener.steps - 1,
-                now_s - handle.submitted_s,
-                reason,
+                one.request.rendering.codec.spec.sampling_rate,
+                one.listener.steps - 1,
+                now_s - one.handle.submitted_s,
+                one.reason,
             )
-            handle._hand_over(chunk, now_s=now_s)
+            one.handle._hand_over(chunk, now_s=now_s)
 
     def _forget(self, names: Sequence[int], error: BaseException | None) -> None:
         """Let go of conversations; they end with ``error``, if they have not ended."""

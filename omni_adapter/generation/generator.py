@@ -188,7 +188,7 @@ class Decoder:
 
     # --- prompts ---
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def prefill(
         self,
         batch: Batch,
@@ -210,7 +210,7 @@ class Decoder:
         self.close(state, batch.grid, places=batch.places, heard=heard)
         return state
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def open(
         self,
         *,
@@ -246,7 +246,7 @@ class Decoder:
         state.set_rows([Row(index, role) for index in range(len(padding))])
         return state
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def read(
         self,
         state: DecodingState,
@@ -272,7 +272,7 @@ class Decoder:
         self._note_text(state, grid)
         self._pass(state, self.model.embed(grid, places=places, heard=heard), read_off=False)
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def close(
         self,
         state: DecodingState,
@@ -314,12 +314,12 @@ class Decoder:
 
     # --- steps ---
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def choose(self, state: DecodingState) -> Step:
         """Choose the ids of the next step and write them into the state."""
         return self._report(state, self._choose(state))
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def advance(self, state: DecodingState) -> None:
         """Feed the chosen ids to the model, so that the next step can be chosen."""
         plan = state.plan
@@ -327,7 +327,7 @@ class Decoder:
         grid[plan.silent, :-1] = self.rules.vocabulary.pad
         self._pass(state, self.model.embed(grid[..., None]))
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def _drop_finished(self, state: DecodingState, step: Step) -> None:
         """Drop what has nothing more to say from the batch and the caches: rows, and whole conversations."""
         over = [reason is not None for reason in step.finished]
@@ -341,7 +341,7 @@ class Decoder:
 
         self.keep_rows(state, [index for index, row in enumerate(state.rows) if has_more(row)])
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def keep_rows(self, state: DecodingState, kept: Sequence[int]) -> None:
         """Drop all rows but those at ``kept``, and conversations that are left without any.
 
@@ -364,7 +364,7 @@ class Decoder:
         state.keep_conversations(sorted({row.conversation for row in rows}))
         state.trim()
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def join(self, state: DecodingState, newcomers: DecodingState) -> None:
         """Put conversations that are at any step of theirs beside those of ``state``.
 
@@ -386,7 +386,7 @@ class Decoder:
         """Whether conversations can join others that run, and still come out as they do alone."""
         return self.model.backbone.rows_can_join
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def vacant(self, *, conversations: int, capacity: int) -> DecodingState:
         """Return a state without conversations, with memory for as many as will ``join``.
 
@@ -398,7 +398,7 @@ class Decoder:
         keep_cache_rows(state.cache, (), (), self.model.backbone)
         return state
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def _choose(self, state: DecodingState) -> Tensor:
         """Choose the next ids without waiting for the device.
 
@@ -483,7 +483,7 @@ class Decoder:
                 logits = penalise(logits, state.seen_codes[speakers], settings.repetition_penalty)
             logits = automaton.mask(logits)
             numbers = None if uniform is None else uniform[speakers, :-1].flatten()
-            ids = sample(logits.flatten(0, 1), settings, uniform=numbers).unflatten(0, logits.shape[:2])
+            ids = sample(logits.flatten(0, 1), settings, uniform=numbers).view(logits.shape[:2])
             drawn = ids
             if not state.plan.all_speak:
                 drawn = torch.zeros_like(state.last[:, :-1])

@@ -317,13 +317,11 @@ class DecodingState:
         plan, end = self.plan, self.length + steps
         if plan.mask is None or plan.padding is None:
             return None, None
-        mask = plan.mask
-        if end > mask.shape[1]:
+        if end > plan.mask.shape[1]:
             self._plan = self._make_plan(end)
-            mask = self._plan.mask
-            assert mask is not None
+            return self.attention(steps)
         columns = torch.arange(self.length, end, device=self.last.device)
-        return mask[:, :end], (columns - plan.padding).clamp_(min=0)
+        return plan.mask[:, :end], (columns - plan.padding).clamp_(min=0)
 
     def _make_plan(self, columns: int) -> Plan:
         device = self.last.device
@@ -399,12 +397,15 @@ def _joined(first: CodeRows | None, count: int, second: CodeRows | None, more: i
     """Code rows of both; conversations that do not speak get some of others, which nobody reads."""
     if first is None and second is None:
         return None
-    known = first or second
-    parts = []
-    for part, conversations in ((first, count), (second, more)):
-        if part is None:
-            part = copy.copy(known)
-            part.keep(torch.zeros(conversations, dtype=torch.long))
-        parts.append(part)
-    parts[0].join(parts[1])
-    return parts[0]
+    if first is None:
+        assert second is not None
+        first = _repeated(second, count)
+    first.join(_repeated(first, more) if second is None else second)
+    return first
+
+
+def _repeated(rows: CodeRows, count: int) -> CodeRows:
+    """The first conversation of ``rows``, so many times."""
+    repeated = copy.copy(rows)
+    repeated.keep(torch.zeros(count, dtype=torch.long))
+    return repeated

@@ -168,19 +168,34 @@ class Voice:
 
     def push(self, codes: Tensor) -> Tensor:
         """Return the sound [n] that one step of delayed ids [K] makes final."""
+        frames = self.take(codes)
+        return torch.empty(0) if frames is None else self.stream.push(frames).cpu()
+
+    def take(self, codes: Tensor, *, tick: int | None = None) -> Tensor | None:
+        """Take one step of delayed ids [K]; return frames [K, m] if a chunk of sound is due, else None.
+
+        Args:
+            codes: ids of the code rows.
+            tick: step of a batch; chunks after the first are due at every ``stride``-th, so that those of all
+                voices come together. None counts this voice's own frames.
+        """
         frames = undelay_chunk(
             codes[None, :, None], self.undelay, delays=self.rules.delays, end=self.rules.vocabulary.end
         )
         if frames.shape[-1]:
             self.waiting.append(self._hold(frames[0]) if self.rules.code_rule == "free" else frames[0])
-        wanted = self.stride if self.started else self.first_stride
-        if sum(part.shape[-1] for part in self.waiting) < wanted:
-            return torch.empty(0)
-        return self._decode()
+        count = sum(part.shape[-1] for part in self.waiting)
+        if self.started and tick is not None:
+            is_due = count > 0 and tick % self.stride == 0
+        else:
+            is_due = count >= (self.stride if self.started else self.first_stride)
+        return self._waiting() if is_due else None
 
     def finish(self) -> Tensor:
         """Return the rest of the sound [n]."""
-        return torch.cat((self._decode(), self.stream.finish().cpu()))
+        frames = self._waiting()
+        rest = torch.empty(0) if frames is None else self.stream.push(frames).cpu()
+        return torch.cat((rest, self.stream.finish().cpu()))
 
     def _hold(self, frames: Tensor) -> Tensor:
         """Frames [K, m] with every mark replaced by the code before it, since codecs know codes only."""
@@ -191,13 +206,14 @@ class Voice:
             codes.append(self.held)
         return torch.stack(codes, dim=-1)
 
-    def _decode(self) -> Tensor:
+    def _waiting(self) -> Tensor | None:
+        """The frames [K, m] that wait, which are no longer kept; None if none do."""
         if not self.waiting:
-            return torch.empty(0)
+            return None
         self.started = True
         frames = torch.cat(self.waiting, dim=-1)
         self.waiting.clear()
-        return self.stream.push(frames).cpu()
+        return frames
 
 
 @dataclass(frozen=True)
@@ -248,13 +264,19 @@ class Listener:
 
     def take(self, token: int, codes: Tensor, *, last: bool) -> tuple[str, Tensor]:
         """Return new text and new sound of one step."""
+        text = self.write(token, last=last)
+        audio = self.voice.push(codes) if self.voice else torch.empty(0)
+        return text, self.end(audio) if last else audio
+
+    def write(self, token: int, *, last: bool) -> str:
+        """Return the new text of one step."""
         self.steps += 1
         text = "" if token in self.hidden_ids else self.text.push(token)
-        audio = self.voice.push(codes) if self.voice else torch.empty(0)
-        if last:
-            text += self.text.finish()
-            audio = torch.cat((audio, self.voice.finish())) if self.voice else audio
-        return text, audio
+        return text + self.text.finish() if last else text
+
+    def end(self, audio: Tensor) -> Tensor:
+        """Return the sound of the last step, with the rest that follows."""
+        return torch.cat((audio, self.voice.finish())) if self.voice else audio
 
 
 def stream_chunks(

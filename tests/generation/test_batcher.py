@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from omni_adapter import ConfigError, SamplingSettings
+from omni_adapter.audio.codec import CodecStream
 from omni_adapter.errors import BusyError, ContextOverflowError, PromptError
 
 SHORT = {"max_new_tokens": 16}
@@ -240,3 +241,22 @@ def test_the_error_of_one_is_not_that_of_others(talker, monkeypatch):
 def test_wrong_use_is_refused(talker, call, error, message):
     with pytest.raises(error, match=message):
         call(talker)
+
+
+def test_sound_of_all_in_one_call_is_the_same_within_rounding(talker, monkeypatch):
+    """Chunks begin where those of the others do; ids are the same, samples within rounding."""
+    counts = []
+    together = CodecStream.push_together
+    monkeypatch.setattr(
+        CodecStream,
+        "push_together",
+        lambda streams, codes: [counts.append(len(streams)), *together(streams, codes)][1:],
+    )
+    server = talker.serve(max_conversations=3, max_steps=ROOM, lead_s=None, exact_sound=False)
+    asked = [{"text": text, "max_new_tokens": 30} for text in ("Yes", "How are you?", "Tell me a story")]
+    handles = play(server, [(3 * index, one) for index, one in enumerate(asked)])
+    for handle, one in zip(handles, asked, strict=True):
+        reply, alone = handle.reply(), answer(talker, one)
+        assert (reply.text, reply.steps) == (alone.text, alone.steps)
+        np.testing.assert_allclose(reply.audio, alone.audio, rtol=0, atol=2e-6)
+    assert max(counts) == 3

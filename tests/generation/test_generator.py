@@ -122,7 +122,7 @@ def test_text_row_is_dropped_after_its_end_and_speech_row_after_its_own(talker):
     state = run.prefill(collate([sample], rules=talker.processor.rules))
     assert [row.role for row in state.rows] == ["speech", "text"]
     run.choose(state)
-    state.text_done[:] = True
+    state.text_done = torch.ones_like(state.text_done)
     step = run.choose(state)
     run._drop_finished(state, step)
     assert [row.role for row in state.rows] == ["speech"]
@@ -247,3 +247,45 @@ def test_prompts_that_are_left_half_read_leave_nothing_behind(talker, question):
     del state
     gc.collect()
     assert cache() is None
+
+
+@pytest.mark.parametrize("settings", [{}, SAMPLED], ids=["greedy", "sampled"])
+def test_feeding_before_looking_changes_nothing(talker, settings):
+    """Where the host only queues work, a pass is queued before the ids of its step are read."""
+    samples = [sample_of(talker, text, "text_to_speech") for text in QUESTIONS]
+    plain, ahead = (decoder(talker, "text_to_speech", **settings) for _ in range(2))
+    ahead.runs_ahead = True
+    assert ids(ahead.run(samples)) == ids(plain.run(samples))
+
+
+def test_heads_run_over_the_rows_that_need_them(talker):
+    run = decoder(talker, "text_to_speech")
+    sample = sample_of(talker, QUESTIONS[0], "text_to_speech")
+    head, codes = talker.model.backbone.lm.get_output_embeddings(), talker.model.code_heads
+    rows: dict[str, list[int]] = {"text": [], "codes": []}
+    hooks = [
+        module.register_forward_pre_hook(
+            lambda _, inputs, name=name: rows[name].append(inputs[0].shape[:2].numel())
+        )
+        for name, module in (("text", head), ("codes", codes))
+    ]
+    try:
+        state = run.prefill(collate([sample, sample], rules=talker.processor.rules))
+        assert rows == {"text": [2], "codes": [2]}  # last column alone: of the rows that write, that speak
+        run.choose(state)
+        state.text_done = torch.ones_like(state.text_done)
+        run._drop_finished(state, run.choose(state))
+        run.advance(state)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert rows == {"text": [2], "codes": [2, 2]}
+
+
+def test_memory_is_made_once(talker):
+    run = decoder(talker, "text_to_speech", max_new_tokens=40)
+    state = run.prefill(collate([sample_of(talker, QUESTIONS[0], "text_to_speech")], rules=run.rules))
+    held = set()
+    for step in run.steps(state):
+        held.add((state.cache.backbone.nbytes, state.cache.tts.nbytes) if not any(step.finished) else (0, 0))
+    assert len(held - {(0, 0)}) == 1
