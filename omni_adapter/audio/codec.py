@@ -75,7 +75,7 @@ class Codec(Protocol):
         """Decode codes [B, K, T] into waveforms [B, T * samples_per_frame]."""
 
     def start(self, *, batch_size: int = 1, first_frame: Tensor | int = 0, seed: int = 0) -> Any:
-        """Return the state of a new stream of ``batch_size`` conversations."""
+        """Return the state of a new stream of ``batch_size`` conversations; ``copy.deepcopy`` branches it."""
 
     def decode_chunk(self, codes: Tensor, state: Any, *, last: bool = False) -> Tensor:
         """Decode the next codes [B, K, n] into the samples [B, m] that can no longer change."""
