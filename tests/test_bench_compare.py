@@ -26,7 +26,7 @@ from omni_adapter.bench import (
     update_markdown,
 )
 from omni_adapter.bench.bandwidth import WAYS, BandwidthMeter, summarise
-from omni_adapter.bench.cost import own_import_time, relative_error
+from omni_adapter.bench.cost import own_import_time
 from omni_adapter.bench.modes import MODES, StepWeights, tts_layers
 from omni_adapter.bench.probe import Probe, run_probe
 from omni_adapter.bench.reference import ReferenceModel, ReferenceTalker, draw, random_reference, shape_of
@@ -309,10 +309,6 @@ import time:       500 |       2600 | omni_adapter.talker
 import time:         7 |          7 | omni_adapter_other
 """
     assert own_import_time(trace) == (pytest.approx(500e-6), pytest.approx(2607e-6))
-
-
-def test_relative_error():
-    assert relative_error(torch.tensor([3.0, 4.5]), torch.tensor([3.0, 4.0])) == pytest.approx(0.1)
 
 
 def test_a_probe_tells_memory_and_times(result, folder):

@@ -20,6 +20,7 @@ from omni_adapter.bench.probe import Probe
 from omni_adapter.bench.reference import shape_of
 from omni_adapter.bench.speed import Row
 from omni_adapter.bench.workshop import Workshop
+from omni_adapter.engine import relative_error
 from omni_adapter.errors import OmniError
 from omni_adapter.talker import OmniAdapter
 
@@ -116,12 +117,6 @@ def compare_error(workshop: Workshop) -> dict[str, Any]:
                 row[f"{name}_agreement"] = float(same.float().mean())
         rows.append(row)
     return {"steps": steps, "rows": rows}
-
-
-def relative_error(came: Tensor, expected: Tensor) -> float:
-    """Norm of the difference by the norm of what was expected."""
-    came, expected = came.double(), expected.double()
-    return float((came - expected).norm() / expected.norm())
 
 
 @torch.inference_mode()

@@ -116,6 +116,32 @@ def speak(talker: OmniAdapter, conversations: Sequence[Messages], *, steps: int,
     return Spoken(min(begun.values()), elapsed_s * rate / samples, steady)
 
 
+def speak_served(talker: OmniAdapter, conversations: Sequence[Messages], *, steps: int, stride: int) -> float:
+    """Answer several conversations at once through a server; return seconds of work per second of sound.
+
+    Arguments as for :func:`speak`.
+
+    Raises:
+        OmniError: if nothing is said.
+    """
+    longest = max(talker.processor(messages, task=_TASK).layout.grid.shape[1] for messages in conversations)
+    server = talker.serve(
+        max_conversations=len(conversations),
+        max_steps=longest + steps + _SPARE_STEPS,
+        lead_s=None,
+        exact_sound=False,
+    )
+    with stopwatch(talker.model.device) as watch, server:
+        handles = [
+            server.submit(messages=messages, max_new_tokens=steps, stride=stride)
+            for messages in conversations
+        ]
+        said_s = sum(handle.reply().duration_s for handle in handles)
+    if not said_s:
+        raise OmniError(f"nothing was said in {steps} steps")
+    return watch.seconds / said_s
+
+
 def first_audio(talker: OmniAdapter, messages: Messages, *, steps: int, stride: int) -> None:
     """Answer until the first sound is there.
 

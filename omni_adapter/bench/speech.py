@@ -3,26 +3,33 @@
 A workshop in, rows of plain values out. All modes of a section take turns.
 """
 
-import inspect
+import copy
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from omni_adapter.audio.codec import CodecStream, SnacCodec
+from omni_adapter.audio.snac_decoder import CodecPrecision
 from omni_adapter.bench.modes import Mode
 from omni_adapter.bench.reference import ReferenceTalker, decode_alone
 from omni_adapter.bench.running import first_audio, speak
 from omni_adapter.bench.speed import Row, packed
 from omni_adapter.bench.timing import Contestant, Spread, interleave, stopwatch, timer
 from omni_adapter.bench.workshop import Workshop
+from omni_adapter.engine import relative_error
 from omni_adapter.errors import OmniError
 from omni_adapter.talker import OmniAdapter
 
 _BLOCK_S = 0.24  # sound that is handed over at once while the question is spoken
 _FIRST_STEPS = 24  # of a reply that is broken off at its first sound
+_CODEC_FRAMES = 24  # over which the error of less context is taken
+_WHILE_SPOKEN: dict[str, dict[str, Any]] = {
+    "while spoken": {},
+    "while spoken, soonest": {"lookahead_frames": 0},
+}
 
 
 def compare_first_audio(workshop: Workshop) -> dict[str, Any]:
@@ -37,13 +44,14 @@ def compare_first_audio(workshop: Workshop) -> dict[str, Any]:
         contestants[f"{mode.name}/whole"] = _whole(workshop, mode)
     failures: dict[str, str] = {}
     for mode in packed(workshop.modes()):
-        spoken = _while_spoken(workshop, mode, waveform, rate)
-        try:
-            spoken()
-        except Exception as error:  # a talker that cannot hear in blocks still has its other figures
-            failures[mode.name] = " ".join(f"{type(error).__name__}: {error}".split())
-        else:
-            contestants[f"{mode.name}/while spoken"] = spoken
+        for question, options in _WHILE_SPOKEN.items():
+            spoken = _while_spoken(workshop, mode, waveform, rate, options)
+            try:
+                spoken()
+            except Exception as error:  # a talker that cannot hear so still has its other figures
+                failures[mode.name] = " ".join(f"{type(error).__name__}: {error}".split())
+            else:
+                contestants[f"{mode.name}/{question}"] = spoken
     rounds = max(settings.rounds // 2, 1)
     workshop.say(f"first audio: {len(contestants)} kinds, {rounds} rounds")
     times = interleave(contestants, rounds=rounds)
@@ -71,7 +79,9 @@ def _whole(workshop: Workshop, mode: Mode) -> Contestant:
     return contestant
 
 
-def _while_spoken(workshop: Workshop, mode: Mode, waveform: Tensor, rate: int) -> Contestant:
+def _while_spoken(
+    workshop: Workshop, mode: Mode, waveform: Tensor, rate: int, options: dict[str, Any]
+) -> Contestant:
     """The question is handed over block by block, as it is spoken; only what follows its end counts."""
     blocks = waveform.split(round(_BLOCK_S * rate))
 
@@ -80,8 +90,10 @@ def _while_spoken(workshop: Workshop, mode: Mode, waveform: Tensor, rate: int) -
             session = talker.session(
                 hearing="blocks",
                 block_seconds=_BLOCK_S,
+                lookahead_seconds=0.0,
                 max_new_tokens=_FIRST_STEPS,
                 stride=workshop.settings.stride,
+                **options,
             )
             for block in blocks[:-1]:
                 session.append_audio(block, sampling_rate=rate)
@@ -157,33 +169,44 @@ def _reply(talker: OmniAdapter, workshop: Workshop, *, text_runs: bool) -> float
 
 def compare_codec(workshop: Workshop) -> dict[str, Any]:
     """Time a chunk of sound: streamed exactly, with less right context, and as published."""
-    talker, settings = workshop.talker("plain"), workshop.settings
-    codec, spec = talker.codec, talker.codec.spec
-    generator = torch.Generator().manual_seed(0)
-    size = (spec.num_codebooks, settings.stride)
-    codes = torch.randint(spec.codebook_size, size, generator=generator).to(workshop.device)
-    contestants: dict[str, Contestant] = {"exact": _pushing(codec, codes, workshop.device)}
-    if "lookahead_frames" in inspect.signature(codec.start).parameters:
-        whole = -(-codec.context_samples[1] // spec.samples_per_frame)
-        for frames in range(whole):
-            options = {"lookahead_frames": frames}
-            contestants[f"lookahead {frames}"] = _pushing(codec, codes, workshop.device, **options)
-    if isinstance(codec, SnacCodec):
-        alone: Callable[[], Tensor] = lambda: decode_alone(codec, codes, spec)  # noqa: E731
+    settings, plain = workshop.settings, workshop.talker("plain").codec
+    spec = plain.spec
+    codecs: dict[str, Any] = {"exact": plain}
+    if isinstance(plain, SnacCodec):
+        for precision in set(get_args(CodecPrecision)) - {plain.precision}:
+            codecs[f"exact, products in {precision}"] = packed_codec = copy.deepcopy(plain)
+            packed_codec.pack(precision)
+    ways: dict[str, tuple[Any, dict[str, Any]]] = {name: (codec, {}) for name, codec in codecs.items()}
+    for frames in range(-(-plain.context_samples[1] // spec.samples_per_frame)):
+        ways[f"{frames} frames of right context"] = (plain, {"lookahead_frames": frames})
+    size = (spec.num_codebooks, max(_CODEC_FRAMES, settings.stride))
+    codes = torch.randint(spec.codebook_size, size, generator=torch.Generator().manual_seed(0))
+    codes = codes.to(workshop.device)
+    chunk = codes[:, : settings.stride]
+    contestants = {name: _pushing(*way, chunk, workshop.device) for name, way in ways.items()}
+    if isinstance(plain, SnacCodec):
+        alone: Callable[[], Tensor] = lambda: decode_alone(plain, chunk, spec)  # noqa: E731
         contestants["published"] = timer(torch.inference_mode()(alone), workshop.device)
     workshop.say(f"codec: {', '.join(contestants)}")
     times = interleave(contestants, rounds=settings.rounds, repeats=4, warm_up=3)
+    whole = plain.decode(codes[None])[0]
     rows: list[Row] = []
     for name, taken in times.items():
         spread = Spread.of([seconds / settings.stride for seconds in taken])
-        rows.append({"decoding": name, **asdict(spread)})
+        row: Row = {"decoding": name, **asdict(spread)}
+        if name in ways:
+            row["error"] = relative_error(_streamed(*ways[name], codes, settings.stride), whole)
+        rows.append(row)
     return {"stride": settings.stride, "frame_s": 1 / spec.frame_rate_hz, "rows": rows}
 
 
-def _pushing(codec: Any, codes: Tensor, device: torch.device, **options: Any) -> Contestant:
+def _pushing(codec: Any, options: dict[str, Any], codes: Tensor, device: torch.device) -> Contestant:
     """The next chunk of a stream that goes on and on."""
-    if not options:
-        stream = CodecStream(codec)
-        return timer(lambda: stream.push(codes), device)
-    state = codec.start(**options)
-    return timer(lambda: codec.decode_chunk(codes[None], state), device)
+    stream = CodecStream(codec, **options)
+    return timer(lambda: stream.push(codes), device)
+
+
+def _streamed(codec: Any, options: dict[str, Any], codes: Tensor, stride: int) -> Tensor:
+    """Sound of codes [K, T] that come in chunks."""
+    stream = CodecStream(codec, **options)
+    return torch.cat([*(stream.push(chunk) for chunk in codes.split(stride, dim=-1)), stream.finish()])

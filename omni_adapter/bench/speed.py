@@ -10,7 +10,7 @@ from typing import Any
 from omni_adapter.bench.bandwidth import BandwidthMeter, summarise
 from omni_adapter.bench.modes import MODES, Mode, StepWeights, why_not
 from omni_adapter.bench.presets import PRESETS, SHAPES, question_for, random_talker
-from omni_adapter.bench.running import running, speak
+from omni_adapter.bench.running import running, speak, speak_served
 from omni_adapter.bench.timing import Contestant, Spread, interleave
 from omni_adapter.bench.workshop import Workshop
 from omni_adapter.talker import OmniAdapter
@@ -152,9 +152,7 @@ def _speaking_at_once(workshop: Workshop) -> list[Row]:
             for turn in range(_SPEAKING_ROUNDS):
                 workshop.say(f"many, speaking: {mode.name}, round {turn + 1} of {_SPEAKING_ROUNDS}")
                 for number in numbers:
-                    conversations = [workshop.messages()] * number
-                    spoken = speak(talker, conversations, steps=settings.reply_steps, stride=settings.stride)
-                    factors[number].append(spoken.real_time_factor)
+                    factors[number].append(_factor(talker, workshop, number))
         medians = {number: Spread.of(found).median_s for number, found in factors.items()}
         rows += [
             {
@@ -166,6 +164,15 @@ def _speaking_at_once(workshop: Workshop) -> list[Row]:
             for number in numbers
         ]
     return rows
+
+
+def _factor(talker: OmniAdapter, workshop: Workshop, number: int) -> float:
+    """Seconds of work per second of sound: streamed alone, or many through a server."""
+    options = {"steps": workshop.settings.reply_steps, "stride": workshop.settings.stride}
+    conversations = [workshop.messages()] * number
+    if number == 1:
+        return speak(talker, conversations, **options).real_time_factor
+    return speak_served(talker, conversations, **options)
 
 
 def compare_sizes(workshop: Workshop) -> dict[str, Any]:

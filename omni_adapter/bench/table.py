@@ -3,6 +3,7 @@
 What ``compare`` returns in, text out. Every figure is one of the JSON's, rounded.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -143,7 +144,11 @@ def _speech_lines(sections: Row) -> Iterator[tuple[str, dict[str, str]]]:
         chosen = [row for row in rows if row["text_runs"] == text_runs]
         yield f"real-time factor in full, exact codec, {when}", _cells(chosen, _plain("real_time_factor"))
     section = sections.get("first_audio", {})
-    for question, words in (("whole", "heard at its end"), ("while spoken", "heard while it is spoken")):
+    for question, words in (
+        ("whole", "heard at its end"),
+        ("while spoken", "heard while it is spoken"),
+        ("while spoken, soonest", "heard while it is spoken, no right context in the first sound"),
+    ):
         chosen = [row for row in section.get("rows", []) if row["question"] == question]
         asked = f"end of a {section.get('seconds', 0):g} s question → first sound, {words}"
         yield f"{asked}, ms", _cells(chosen, _span_ms)
@@ -183,7 +188,7 @@ def notes(result: Row) -> list[str]:
     sections, found = result["sections"], []
     codec = sections.get("codec", {})
     if codec.get("rows"):
-        kinds = ", ".join(f"{row['decoding']} {_span_ms(row)}" for row in codec["rows"])
+        kinds = "; ".join(f"{row['decoding']} {_span_ms(row)}{_decibels(row)}" for row in codec["rows"])
         found.append(f"Codec, ms a frame of {codec['frame_s'] * 1000:.1f} ms: {kinds}.")
     for row in sections.get("first_audio", {}).get("reference_split", []):
         parts = ", ".join(
@@ -234,6 +239,11 @@ def _span_ms(row: Row) -> str:
     median, low, high = (row[key] * 1000 for key in ("median_s", "min_s", "max_s"))
     digits = 0 if high >= 100 else 1
     return f"{median:,.{digits}f} [{low:,.{digits}f}–{high:,.{digits}f}]"
+
+
+def _decibels(row: Row) -> str:
+    """The error of a sound, where there is one."""
+    return f" (error {20 * math.log10(row['error']):.0f} dB)" if row.get("error") else ""
 
 
 def _plain(key: str) -> Callable[[Row], str]:
