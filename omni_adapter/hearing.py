@@ -5,6 +5,7 @@ model makes of the whole recording, to the rounding of floats. Knows nothing of 
 from.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,26 @@ from omni_adapter.model import OmniModel
 from omni_adapter.modules.audio_encoder import EncoderState
 
 
+@dataclass(frozen=True)
+class Blocks:
+    """How a model that attends to whole windows hears in blocks all the same.
+
+    Attributes:
+        seconds: length of a block.
+        lookahead_seconds: sound after a block that it waits for and attends to; it is computed twice.
+    """
+
+    seconds: float = 0.5
+    lookahead_seconds: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.seconds <= 0 or self.lookahead_seconds < 0:
+            raise ConfigError(
+                "a block must be longer than 0 s and look ahead 0 s or more, "
+                f"got {self.seconds:g} s and {self.lookahead_seconds:g} s"
+            )
+
+
 class Hearing:
     """One recording that is being heard.
 
@@ -27,29 +48,30 @@ class Hearing:
     Args:
         model: the model that hears.
         log_mel: features of its encoder.
-        block_seconds: length of a block; None takes the model's own way, which is blocks only if it was
-            trained with ``encoder_block_seconds``. A model trained without hears only roughly so in blocks;
+        blocks: how to hear in blocks; None takes the model's own way, which is blocks only if it was trained
+            with ``encoder_block_seconds``. A model trained without hears only roughly so in blocks;
             :func:`measure_hearing_error` says how roughly.
 
     Raises:
-        ConfigError: if the model was trained with other blocks, or hears the silence of a full window.
+        ConfigError: if the model was trained with blocks of its own, or hears the silence of a full window.
     """
 
-    def __init__(self, model: OmniModel, log_mel: LogMel, *, block_seconds: float | None = None) -> None:
+    def __init__(self, model: OmniModel, log_mel: LogMel, *, blocks: Blocks | None = None) -> None:
         self.model, self.log_mel = model, log_mel
         self._padding, trained = model.config.encoder_padding, model.config.encoder_block_seconds
-        if block_seconds is not None and trained not in (None, block_seconds):
-            raise ConfigError(f"this talker hears in blocks of {trained:g} s, got {block_seconds:g} s")
-        if block_seconds is not None and self._padding != "true_length":
+        if blocks is not None and trained is not None:
+            raise ConfigError(f"this talker hears in blocks of {trained:g} s and in no others")
+        if blocks is not None and self._padding != "true_length":
             raise ConfigError(
                 f"this talker hears with encoder_padding={self._padding!r}, which needs the recording's end; "
                 "only true_length can be heard in blocks"
             )
-        self._block_steps = model.audio_encoder.block_steps(
-            trained if block_seconds is None else block_seconds
-        )
-        stride = model.audio_encoder.stride
-        self._features = LogMelState(self._block_steps and self._block_steps * stride)
+        encoder = model.audio_encoder
+        self._block_steps = encoder.block_steps(trained if blocks is None else blocks.seconds)
+        self._lookahead_steps = (encoder.block_steps(blocks.lookahead_seconds or None) if blocks else 0) or 0
+        # Blocks are heard when features and those after them are there, so both come in whole groups.
+        group = self._block_steps and math.gcd(self._block_steps, self._lookahead_steps)
+        self._features = LogMelState(group and group * encoder.stride)
         self._encoder = EncoderState()
         self._frames: list[Tensor] = []
         self._unstacked = torch.empty(0, model.audio_encoder.width)  # frames that do not fill an LM step yet
@@ -98,7 +120,11 @@ class Hearing:
             lengths = torch.tensor([new.length], device=device)
             return encoder(new.values[None].to(device), lengths, padding=self._padding).frames[0]
         frames = encoder.append(
-            new.values, self._encoder, block_steps=self._block_steps, last=new.ends_window
+            new.values,
+            self._encoder,
+            block_steps=self._block_steps,
+            lookahead_steps=self._lookahead_steps,
+            last=new.ends_window,
         )
         if new.ends_window:
             self._encoder = EncoderState()
@@ -110,14 +136,12 @@ class HearingError:
     """How far hearing in blocks is from hearing whole windows, as root mean squares of differences.
 
     Attributes:
-        block_seconds: length of a block.
         seconds: length of what was heard.
         frames: of the encoder's frames, relative to theirs.
         embeddings: of what the LM is fed, relative to that.
         worst_embedding: of the LM step that differs most, likewise.
     """
 
-    block_seconds: float
     seconds: float
     frames: float
     embeddings: float
@@ -125,7 +149,7 @@ class HearingError:
 
 
 def measure_hearing_error(
-    model: OmniModel, log_mel: LogMel, *, waveforms: Sequence[Tensor], block_seconds: float
+    model: OmniModel, log_mel: LogMel, *, waveforms: Sequence[Tensor], blocks: Blocks
 ) -> HearingError:
     """Measure how a model that attends to whole windows hears in blocks.
 
@@ -133,10 +157,10 @@ def measure_hearing_error(
         model: the model that hears.
         log_mel: features of its encoder.
         waveforms: recordings at the encoder's rate, [N] each; at least one.
-        block_seconds: length of a block.
+        blocks: how it hears in them.
 
     Returns:
-        Errors over all recordings; of models that hear in such blocks anyway, what floats round.
+        Errors over all recordings.
 
     Raises:
         ConfigError: as for :class:`Hearing`.
@@ -144,18 +168,17 @@ def measure_hearing_error(
     pairs: list[tuple[Tensor, Tensor]] = []
     frames: list[tuple[Tensor, Tensor]] = []
     for waveform in waveforms:
-        ways = [Hearing(model, log_mel), Hearing(model, log_mel, block_seconds=block_seconds)]
-        whole, blocks = (way.finish(waveform).double() for way in ways)
-        pairs.append((whole, blocks))
+        ways = [Hearing(model, log_mel), Hearing(model, log_mel, blocks=blocks)]
+        exact, rough = (way.finish(waveform).double() for way in ways)
+        pairs.append((exact, rough))
         frames.append((ways[0].frames.double(), ways[1].frames.double()))
-    whole, blocks = (torch.cat(side) for side in zip(*pairs, strict=True))
+    whole, heard = (torch.cat(side) for side in zip(*pairs, strict=True))
     scale = whole.square().mean().sqrt()
-    steps = (blocks - whole).square().mean(dim=1).sqrt()
+    steps = (heard - whole).square().mean(dim=1).sqrt()
     return HearingError(
-        block_seconds,
         sum(len(waveform) for waveform in waveforms) / log_mel.sampling_rate,
         frames=_relative(*(torch.cat(side) for side in zip(*frames, strict=True))),
-        embeddings=_relative(whole, blocks),
+        embeddings=_relative(whole, heard),
         worst_embedding=float(steps.max() / scale),
     )
 

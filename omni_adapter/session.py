@@ -22,7 +22,7 @@ from omni_adapter.generation.generator import Decoder, GenerationSettings
 from omni_adapter.generation.sampling import CodeAutomaton
 from omni_adapter.generation.state import DecodingState
 from omni_adapter.generation.streaming import Chunk, Rendering, stream_chunks
-from omni_adapter.hearing import Hearing
+from omni_adapter.hearing import Blocks, Hearing
 from omni_adapter.model import OmniModel
 
 HearingMode = Literal["exact", "blocks"]
@@ -40,14 +40,14 @@ class SessionSettings:
         hearing: ``exact`` hears as the talker was trained to: in blocks, as they are spoken, if it has
             ``encoder_block_seconds``, else each window once it is over. ``blocks`` hears in blocks in any
             case, which is an approximation for talkers that were trained otherwise.
-        block_seconds: length of a block with ``blocks``, where the talker has no length of its own.
+        blocks: how, where the talker has no blocks of its own.
         generation: how replies are decoded.
     """
 
     speak: bool = True
     tools: Sequence[Mapping[str, Any]] | None = None
     hearing: HearingMode = "exact"
-    block_seconds: float = 1.0
+    blocks: Blocks = field(default_factory=Blocks)
     generation: GenerationSettings = field(default_factory=GenerationSettings)
 
     def __post_init__(self) -> None:
@@ -60,8 +60,8 @@ class Session:
 
     Sound is taken in the caller's thread: :meth:`append_audio` returns when all that it can do was done. That
     is next to nothing for most pieces. One that completes a block costs one pass of the encoder over the
-    block and one of the LM over its steps; without blocks, one that completes a window costs as much for the
-    window.
+    block, and what it looks ahead, and one of the LM over its steps; without blocks, one that completes a
+    window costs as much for the window.
 
     Args:
         model: the model.
@@ -262,10 +262,9 @@ class Session:
         )
 
     def _new_hearing(self) -> Hearing:
-        block_seconds = None
-        if self._settings.hearing == "blocks":
-            block_seconds = self._processor.config.encoder_block_seconds or self._settings.block_seconds
-        return Hearing(self._model, self._processor.log_mel, block_seconds=block_seconds)
+        settings = self._settings
+        roughly = settings.hearing == "blocks" and self._processor.config.encoder_block_seconds is None
+        return Hearing(self._model, self._processor.log_mel, blocks=settings.blocks if roughly else None)
 
     def _encoded(self, message: Message) -> Message:
         """A turn with its recordings encoded once and for all."""

@@ -36,6 +36,7 @@ from omni_adapter.generation.generator import Decoder, GenerationSettings
 from omni_adapter.generation.sampling import CodeAutomaton
 from omni_adapter.generation.schedule import Schedule
 from omni_adapter.generation.streaming import Chunk, Rendering, Reply, stream_chunks
+from omni_adapter.hearing import Blocks
 from omni_adapter.model import ADDED_GROUPS, OmniModel
 from omni_adapter.model_card import CardFacts
 from omni_adapter.session import HearingMode, Session, SessionSettings
@@ -526,7 +527,8 @@ class OmniAdapter:
         tools: Sequence[Mapping[str, Any]] | None = None,
         speak: bool = True,
         hearing: HearingMode = "exact",
-        block_seconds: float = 1.0,
+        block_seconds: float = Blocks.seconds,
+        lookahead_seconds: float = Blocks.lookahead_seconds,
         settings: GenerationSettings | None = None,
         **options: Any,
     ) -> Session:
@@ -542,6 +544,7 @@ class OmniAdapter:
                 encodes them while they are spoken in any case; for a talker made without, that is an
                 approximation (see ``omni_adapter.hearing.measure_hearing_error``).
             block_seconds: length of a block with ``blocks``, where the talker has none of its own.
+            lookahead_seconds: sound after a block that it waits for then; the more, the nearer to ``exact``.
             settings: how to decode.
             **options: single fields of :class:`GenerationSettings`.
 
@@ -558,7 +561,11 @@ class OmniAdapter:
             processor=self.processor,
             codec=self.codec,
             settings=SessionSettings(
-                speak, tools, hearing, block_seconds, generation=_settings(settings, options)
+                speak,
+                tools,
+                hearing,
+                Blocks(block_seconds, lookahead_seconds),
+                generation=_settings(settings, options),
             ),
             messages=messages,
         )

@@ -87,6 +87,12 @@ def test_talk_while_listening(run, talker_folder, speak, hearing):
     assert "the same with the whole recording: " in printed
 
 
+def test_hearing_in_blocks(run, talker_folder, speak):
+    printed = run("hearing_in_blocks.py", talker_folder, speak("Hi"), speak("Yes"))
+    assert "blocks of 0.5 s, 1 s ahead: frames " in printed
+    assert printed.count(" of 2 replies the same") == 6
+
+
 def test_batch_of_questions(run, talker_folder, speak, tmp_path):
     first, second = tmp_path / "a.wav", tmp_path / "b.wav"
     shutil.copy(speak("What is the capital of France?"), first)

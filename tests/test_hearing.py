@@ -9,7 +9,7 @@ from omni_adapter.audio.clips import Clips
 from omni_adapter.audio.waveform import read_waveform
 from omni_adapter.config import AudioAdapterConfig
 from omni_adapter.errors import AudioError, ConfigError
-from omni_adapter.hearing import Hearing, measure_hearing_error
+from omni_adapter.hearing import Blocks, Hearing, measure_hearing_error
 from tests.talkers import fresh_talker
 
 RATE = 16000
@@ -84,25 +84,30 @@ def test_the_silence_of_a_window_is_waited_for(waveform):
 
 def test_roughly_in_blocks_and_how_roughly(talker, waveform):
     log_mel = talker.processor.log_mel
-    small, large, one = (
-        measure_hearing_error(talker.model, log_mel, waveforms=[waveform], block_seconds=seconds)
-        for seconds in (0.1, 1.0, 30.0)
+    small, large, ahead, one = (
+        measure_hearing_error(talker.model, log_mel, waveforms=[waveform], blocks=blocks)
+        for blocks in (Blocks(0.1, 0), Blocks(1.0, 0), Blocks(0.1, 0.9), Blocks(30.0, 0))
     )
     assert small.seconds == len(waveform) / RATE
     assert 1e-3 < large.embeddings < small.embeddings < 2
     assert 1e-3 < large.frames < small.frames < 2
+    assert ahead.embeddings < small.embeddings
     assert small.worst_embedding > small.embeddings
     assert one.embeddings < 1e-4  # one block holds the window, and its loudest frame
     exact = heard_whole(talker, waveform)
-    rough = Hearing(talker.model, log_mel, block_seconds=0.1).finish(waveform)
+    rough = Hearing(talker.model, log_mel, blocks=Blocks(0.1, 0)).finish(waveform)
     assert float((rough - exact).norm() / exact.norm()) == pytest.approx(small.embeddings, rel=1e-3)
 
 
-def test_a_talker_that_hears_in_blocks_is_exact(blocks_talker, waveform):
-    error = measure_hearing_error(
-        blocks_talker.model, blocks_talker.processor.log_mel, waveforms=[waveform], block_seconds=0.4
-    )
-    assert error.worst_embedding < 1e-5
+@pytest.mark.parametrize("seed", [0, 1])
+def test_looking_ahead_does_not_depend_on_the_pieces(talker, waveform, seed):
+    blocks, log_mel = Blocks(0.3, 0.5), talker.processor.log_mel
+    hearing = Hearing(talker.model, log_mel, blocks=blocks)
+    embeddings, parts = heard_in_pieces(hearing, waveform, seed)
+    expected = Hearing(talker.model, log_mel, blocks=blocks).finish(waveform)
+    torch.testing.assert_close(embeddings, expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+    early = sum(len(part) for part in parts)
+    assert 0 < len(expected) - early <= 40 + 5  # a block, what it looks ahead, and what comes in groups
 
 
 def test_how_a_talker_hears_is_saved_with_it(blocks_talker, question, tmp_path):
@@ -116,12 +121,14 @@ def test_how_a_talker_hears_is_saved_with_it(blocks_talker, question, tmp_path):
 
 def test_errors(blocks_talker, talker):
     log_mel = talker.processor.log_mel
-    with pytest.raises(ConfigError, match=r"hears in blocks of 0\.4 s, got 0\.2 s"):
-        Hearing(blocks_talker.model, log_mel, block_seconds=0.2)
+    with pytest.raises(ConfigError, match=r"hears in blocks of 0\.4 s and in no others"):
+        Hearing(blocks_talker.model, log_mel, blocks=Blocks(0.2))
     padded = fresh_talker(encoder_padding="window")
     with pytest.raises(ConfigError, match="encoder_padding='window', which needs the recording's end"):
-        Hearing(padded.model, log_mel, block_seconds=0.2)
+        Hearing(padded.model, log_mel, blocks=Blocks(0.2))
     with pytest.raises(ConfigError, match=r"multiple of the encoder's 0\.02 s a frame"):
-        Hearing(talker.model, log_mel, block_seconds=0.25001)
+        Hearing(talker.model, log_mel, blocks=Blocks(0.25001))
+    with pytest.raises(ConfigError, match=r"longer than 0 s and look ahead 0 s or more, got 0 s and 1 s"):
+        Blocks(0)
     with pytest.raises(AudioError, match="nothing to hear"):
         Hearing(talker.model, log_mel).finish()

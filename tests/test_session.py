@@ -143,7 +143,7 @@ def test_the_prompt_is_read_while_it_is_spoken(blocks_talker, question, monkeypa
 
 def test_a_base_that_takes_prompts_in_one_piece(talker, question, monkeypatch):
     monkeypatch.setattr(type(talker.model.backbone), "reads_in_pieces", property(lambda _: False))
-    with talker.session(hearing="blocks", block_seconds=30.0, **OPTIONS) as session:
+    with talker.session(hearing="blocks", block_seconds=29.0, **OPTIONS) as session:
         say(session, question)
         assert_same(session.reply(), talker.stream(question, **OPTIONS))
 
@@ -156,7 +156,7 @@ def test_more_than_there_was_room_for(blocks_talker, question, monkeypatch):
 
 
 def test_blocks_on_demand_are_an_approximation(talker, question):
-    with talker.session(hearing="blocks", block_seconds=0.2, **OPTIONS) as session:
+    with talker.session(hearing="blocks", block_seconds=0.2, lookahead_seconds=0, **OPTIONS) as session:
         say(session, question)
         rough = Reply.collect(session.reply())
     assert rough.steps == OPTIONS["max_new_tokens"]

@@ -251,7 +251,13 @@ class AudioEncoder(nn.Module):
         return EncodedAudio(x[:, :longest] * kept, steps)
 
     def append(
-        self, features: Tensor, state: EncoderState, *, block_steps: int, last: bool = False
+        self,
+        features: Tensor,
+        state: EncoderState,
+        *,
+        block_steps: int,
+        lookahead_steps: int = 0,
+        last: bool = False,
     ) -> Tensor:
         """Encode the blocks of a window that its next features complete.
 
@@ -259,10 +265,15 @@ class AudioEncoder(nn.Module):
         Keys and values are kept, so that each frame is computed once. The frames are those that ``forward``
         makes of the whole window with the same ``block_steps``, to the rounding of floats.
 
+        With ``lookahead_steps`` a block waits for so many frames more and attends to them too, which are then
+        computed again with their own block. That is no way to train, but it is nearer to attending to the
+        whole window.
+
         Args:
             features: the next ones of the window, [M, f], any number of them.
             state: of the window; changed in place.
             block_steps: frames of a block.
+            lookahead_steps: frames after a block that it attends to.
             last: nothing follows in this window; the rest is encoded too.
 
         Returns:
@@ -282,7 +293,7 @@ class AudioEncoder(nn.Module):
         if state.features is None:
             state.features = x.new_zeros(1, self.num_mel_bins, _CONV_PAST)
         x = torch.cat((state.features, x), dim=2)
-        size, blocks = block_steps * self.stride, []
+        size, ahead, blocks = block_steps * self.stride, lookahead_steps * self.stride, []
         rest = x.shape[2] - _CONV_PAST
         if state.steps * self.stride + rest > self.window_frames:
             raise AudioError(
@@ -290,16 +301,29 @@ class AudioEncoder(nn.Module):
                 f"got {state.steps * self.stride + rest}; begin a new state for the next window",
                 reason="too_long",
             )
-        while rest > (0 if last else size):
-            blocks.append(self._encode_block(x[:, :, : _CONV_PAST + size + 1], state, block_steps))
+        while rest > (0 if last else size + ahead):
+            heard = x[:, :, : _CONV_PAST + size + ahead + 1]
+            is_rest = last and rest <= size + ahead
+            most = block_steps + lookahead_steps
+            kept_steps = most if is_rest else block_steps
+            blocks.append(self._encode_block(heard, state, max_steps=most, kept_steps=kept_steps))
             x = x[:, :, size:]
-            rest -= size
+            rest = 0 if is_rest else rest - size
         state.features = x
         return torch.cat(blocks) if blocks else x.new_zeros(0, self.width)
 
-    def _encode_block(self, features: Tensor, state: EncoderState, block_steps: int) -> Tensor:
-        """Encode the next block, [s, E], from its features and those at both sides, [1, M, 2 + F + 1]."""
-        num_frames = min(features.shape[2] - _CONV_PAST, block_steps * self.stride)
+    def _encode_block(
+        self, features: Tensor, state: EncoderState, *, max_steps: int, kept_steps: int
+    ) -> Tensor:
+        """Encode a stretch of a window and keep its first frames, [s, E].
+
+        Args:
+            features: of the stretch and beside it, as far as the convolutions see, [1, M, 2 + F + 1].
+            state: of the window; knows the kept frames afterwards.
+            max_steps: frames of the stretch; fewer where the window ends.
+            kept_steps: frames that are kept, at most.
+        """
+        num_frames = min(features.shape[2] - _CONV_PAST, max_steps * self.stride)
         steps = self.num_steps(num_frames)
         x = nn.functional.gelu(self.encoder.conv1(features))
         # The second convolution pads with zeros before a window and after its end; what the first one made
@@ -311,9 +335,9 @@ class AudioEncoder(nn.Module):
         x = x + self.encoder.embed_positions.weight[state.steps : state.steps + steps]
         for index, layer in enumerate(self.encoder.layers):
             x = self._run_layer(layer, x, state, index)
-        state.steps += steps
-        encoded: Tensor = self.encoder.layer_norm(x)[0]
-        return encoded
+        kept: Tensor = self.encoder.layer_norm(x[:, :kept_steps])[0]
+        state.steps += len(kept)  # keys and values after that are written again
+        return kept
 
     def _run_layer(self, layer: Any, x: Tensor, state: EncoderState, index: int) -> Tensor:
         """One layer of transformers' encoder, [1, s, E], which also sees the frames before."""

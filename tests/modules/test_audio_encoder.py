@@ -378,6 +378,27 @@ def test_a_block_is_encoded_when_one_frame_more_is_there(encoder):
     assert state.steps == 10
 
 
+def test_looking_ahead_comes_nearer_to_the_whole_window(encoder):
+    features, length = random_features(100), torch.tensor([100])
+    whole = encoder(features, length).frames[0]
+    errors = []
+    for lookahead_steps in (0, 10, 20, 45):
+        state = EncoderState()
+        frames = [
+            encoder.append(part, state, block_steps=5, lookahead_steps=lookahead_steps)
+            for start, part in zip(range(0, 100, 7), features[0].split(7, dim=1), strict=False)
+        ]
+        last = encoder.append(
+            features[0, :, :0], state, block_steps=5, lookahead_steps=lookahead_steps, last=True
+        )
+        frames = torch.cat([*frames, last])
+        assert frames.shape == whole.shape
+        assert state.steps == POSITIONS
+        errors.append(float((frames - whole).norm()))
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 1e-4  # it looks as far as the window goes
+
+
 def test_length_of_a_block(encoder):
     assert encoder.block_steps(None) is None
     assert encoder.block_steps(0.5) == 25
