@@ -26,7 +26,7 @@ from omni_adapter.bench.modes import MODES
 from omni_adapter.bench.presets import SHAPES
 from omni_adapter.bench.speech import compare_codec, compare_first_audio, compare_replies
 from omni_adapter.bench.speed import compare_length, compare_many, compare_sizes, compare_steps
-from omni_adapter.bench.workshop import CompareSettings, Workshop
+from omni_adapter.bench.workshop import CompareSettings, Workshop, settings_for
 from omni_adapter.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -142,7 +142,7 @@ def _load(save: Path | None, *, name: str, settings: CompareSettings, device: to
         "format_version": FORMAT_VERSION,
         "name": name,
         "random_weights": SHAPES.get(name),
-        "command": _command(name),
+        "command": _command(name, settings),
         "machine": describe_machine(device),
         "available_bytes": available_bytes(),
         "settings": how,
@@ -168,9 +168,16 @@ def _load(save: Path | None, *, name: str, settings: CompareSettings, device: to
     return found
 
 
-def _command(name: str) -> str:
-    chosen = f"--shape {name}" if name in SHAPES else name
-    return f"omni-adapter bench --compare {chosen}"
+def _command(name: str, settings: CompareSettings) -> str:
+    """What was typed, as far as it changes figures."""
+    usual = settings_for(name if name in SHAPES else None)
+    words = ["omni-adapter bench --compare", f"--shape {name}" if name in SHAPES else name]
+    words += [
+        f"--{option} {getattr(settings, option):g}"
+        for option in ("seconds", "rounds", "steps", "stride")
+        if getattr(settings, option) != getattr(usual, option)
+    ]
+    return " ".join((*words, f"--threads {torch.get_num_threads()}"))
 
 
 def _note_subject(result: dict[str, Any], workshop: Workshop) -> None:

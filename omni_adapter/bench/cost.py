@@ -77,7 +77,7 @@ def compare_memory(workshop: Workshop) -> dict[str, Any]:
             device=str(workshop.device),
             threads=torch.get_num_threads(),
             seconds=workshop.settings.seconds,
-            steps=workshop.settings.reply_steps // 2 + 4,
+            steps=workshop.settings.reply_steps // 2,
             stride=workshop.settings.stride,
             preset=SHAPES.get(workshop.name),
             shape=shape,

@@ -54,7 +54,7 @@ def compare_first_audio(workshop: Workshop) -> dict[str, Any]:
                 contestants[f"{mode.name}/{question}"] = spoken
     rounds = max(settings.rounds // 2, 1)
     workshop.say(f"first audio: {len(contestants)} kinds, {rounds} rounds")
-    times = interleave(contestants, rounds=rounds)
+    times = interleave(contestants, rounds=rounds, warm_up=0)
     base = times.get("reference_fp32/whole")
     rows = []
     for key, taken in times.items():
@@ -133,7 +133,7 @@ def compare_replies(workshop: Workshop) -> dict[str, Any]:
     factors: dict[tuple[str, bool], list[float]] = {}
     for turn in range(rounds):
         workshop.say(f"reply: round {turn + 1} of {rounds}")
-        for mode in workshop.modes():
+        for mode in packed(workshop.modes()):
             for text_runs in (True, False):
                 with workshop.varied(mode.name, 0) as talker:
                     spoken = _reply(talker, workshop, text_runs=text_runs)

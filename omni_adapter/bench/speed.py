@@ -17,8 +17,9 @@ from omni_adapter.talker import OmniAdapter
 
 Row = dict[str, Any]
 _WARM_UP = 3
-_SPEAKING_ROUNDS = 2
-_SIZE_MODES = ("bf16", "int8")
+_SPEAKING_ROUNDS = 1
+_MANY_STEPS = 4  # in each round
+_SIZE_MODES = ("int8",)
 
 
 def frame_seconds(talker: OmniAdapter) -> float:
@@ -125,14 +126,15 @@ def _around(times: Sequence[float], step: int, *, reach: int = 8) -> float:
 def compare_many(workshop: Workshop) -> dict[str, Any]:
     """Time steps of several conversations at once, beside as many in turn."""
     settings, rows = workshop.settings, []
-    for mode in workshop.modes():
+    rounds, steps = -(-settings.rounds // 2), min(settings.steps, _MANY_STEPS)
+    for mode in packed(workshop.modes()):
         workshop.say(f"many: {mode.name}, {', '.join(map(str, settings.conversations))} at once")
-        count = settings.rounds * settings.steps + _WARM_UP
+        count = rounds * steps + _WARM_UP
         contestants = {
             str(number): workshop.running(mode.name, count=number, steps=count)
             for number in settings.conversations
         }
-        times = interleave(contestants, rounds=settings.rounds, repeats=settings.steps, warm_up=_WARM_UP)
+        times = interleave(contestants, rounds=rounds, repeats=steps, warm_up=_WARM_UP)
         alone = Spread.of(times[str(settings.conversations[0])]).median_s / settings.conversations[0]
         for number in settings.conversations:
             spread = Spread.of(times[str(number)])
