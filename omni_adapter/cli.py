@@ -574,7 +574,7 @@ class Comparing:
         typer.Option(help="What to compare: a size with random weights, such as 0.5b; or name a talker."),
     ] = None
     sections: Annotated[
-        str, typer.Option(help="Sections, such as steps,memory; default all; a wrong name lists them.")
+        str, typer.Option(help="Sections, such as steps,memory; default all but size; a wrong name lists them.")
     ] = ""
     save: Annotated[
         Path | None,
