@@ -82,7 +82,10 @@ def _whole(workshop: Workshop, mode: Mode) -> Contestant:
 def _while_spoken(
     workshop: Workshop, mode: Mode, waveform: Tensor, rate: int, options: dict[str, Any]
 ) -> Contestant:
-    """The question is handed over block by block, as it is spoken; only what follows its end counts."""
+    """The question is handed over block by block, as it is spoken; only what follows its end counts.
+
+    Blocks see no sound that is still to come, as for a talker that was trained with blocks of that length.
+    """
     blocks = waveform.split(round(_BLOCK_S * rate))
 
     def contestant() -> float:

@@ -172,6 +172,7 @@ def _cost_lines(sections: Row) -> Iterator[tuple[str, dict[str, str]]]:
     yield "memory while it talks, GiB", _cells(rows, _gibibytes("resident_bytes"))
     ours = [row for row in rows if not row["mode"].startswith("reference")]
     yield "load, s", _cells(ours, _plain("load_s"))
+    yield "warm-up, s", _cells(ours, _plain("warm_up_s"))
     yield (
         "first reply / second reply",
         _cells(ours, lambda row: f"{row['first_reply_s'] / row['second_reply_s']:.2f}"),

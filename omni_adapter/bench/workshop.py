@@ -60,7 +60,7 @@ SECTIONS = (
     "error",
     "size",
 )
-"""What can be compared, in that order; the last one, which builds talkers of many sizes, only if asked for."""
+"""What can be compared, in that order; the last one, talkers of many sizes, only if it is asked for."""
 
 
 @dataclass(frozen=True)
