@@ -355,3 +355,18 @@ def test_after_a_warm_up_nothing_is_found_out_any_more(question):
     expected = cold.chat(question, **SHORT)
     assert reply.text == expected.text
     assert np.array_equal(reply.audio, expected.audio)
+
+
+def test_a_talker_learns_after_it_talked(question):
+    """Nothing that replies leave behind is without the bookkeeping that gradients need."""
+    talker = fresh_talker()
+    talker.model.backbone.add_lora(rank=2)
+    talker.chat(question, **SHORT)
+    sample = talker.processor([{"role": "user", "content": "How are you?"}], task="text_to_speech")
+    output = talker.model.train()(sample.layout.grid[None])
+    (output.text_logits.square().mean() + output.code_logits.square().mean()).backward()
+    learning = [value for name, value in talker.model.named_parameters() if "lora_" in name or "tts" in name]
+    assert learning
+    assert all(value.grad is not None for value in learning)
+    talker.model.eval()
+    assert talker.chat(question, **SHORT).text == fresh_talker().chat(question, **SHORT).text
