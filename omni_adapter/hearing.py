@@ -169,9 +169,9 @@ def measure_hearing_error(
     frames: list[tuple[Tensor, Tensor]] = []
     for waveform in waveforms:
         ways = [Hearing(model, log_mel), Hearing(model, log_mel, blocks=blocks)]
-        exact, rough = (way.finish(waveform).double() for way in ways)
+        exact, rough = (way.finish(waveform).cpu().double() for way in ways)
         pairs.append((exact, rough))
-        frames.append((ways[0].frames.double(), ways[1].frames.double()))
+        frames.append((ways[0].frames.cpu().double(), ways[1].frames.cpu().double()))
     whole, heard = (torch.cat(side) for side in zip(*pairs, strict=True))
     scale = whole.square().mean().sqrt()
     steps = (heard - whole).square().mean(dim=1).sqrt()

@@ -17,7 +17,7 @@ from omni_adapter.audio.codec import Codec
 from omni_adapter.audio.waveform import Samples, WaveformStream, read_waveform
 from omni_adapter.data.layout import AudioSpan, get_task
 from omni_adapter.data.processor import BEING_SPOKEN, Message, OmniProcessor, OpenPrompt, task_of
-from omni_adapter.errors import ConfigError, PromptError
+from omni_adapter.errors import ConfigError, ContextOverflowError, PromptError
 from omni_adapter.generation.generator import Decoder, GenerationSettings
 from omni_adapter.generation.sampling import CodeAutomaton
 from omni_adapter.generation.state import DecodingState
@@ -121,7 +121,8 @@ class Session:
             sampling_rate: of the samples, Hz; the same for the whole question.
 
         Raises:
-            AudioError: if the piece cannot be used; the session is then as it was before.
+            AudioError: if the piece cannot be used; the session is then as it was before. After any other
+                error, but that of the context, the question is forgotten.
             ContextOverflowError: if the question no longer fits into the base's positions; end it.
             PromptError: if a reply is being streamed, or text came after the recording already.
         """
@@ -138,9 +139,15 @@ class Session:
             stream = turn.waveform
         waveform = stream.append(samples, sampling_rate=sampling_rate)
         self._turn, turn.waveform = turn, stream
-        self._read_head(turn)
-        turn.hearing = turn.hearing or self._new_hearing()
-        self._heard(turn, turn.hearing.append(waveform))
+        try:
+            self._read_head(turn)
+            turn.hearing = turn.hearing or self._new_hearing()
+            self._heard(turn, turn.hearing.append(waveform))
+        except ContextOverflowError:
+            raise
+        except BaseException:  # stopped halfway, by Ctrl-C or for want of memory
+            self._turn = None
+            raise
 
     def append_text(self, text: str) -> None:
         """Add text to the question, before or after its recording.

@@ -224,6 +224,37 @@ def test_two_sessions_at_once_do_not_meet(blocks_talker, question, speak):
             assert np.array_equal(chunk.audio, wanted.audio)
 
 
+def test_a_question_that_stops_halfway_is_forgotten(blocks_talker, question, monkeypatch):
+    def stop(frames):
+        raise KeyboardInterrupt
+
+    with blocks_talker.session(**OPTIONS) as session:
+        samples, rate = samples_of(question)
+        session.append_audio(samples[:9000], sampling_rate=rate)
+        with monkeypatch.context() as patch:
+            patch.setattr(blocks_talker.model.audio_adapter, "forward", stop)
+            with pytest.raises(KeyboardInterrupt):
+                session.append_audio(samples[9000:30000], sampling_rate=rate)
+        assert session.heard_s == 0
+        say(session, question)
+        assert_same(session.reply(), blocks_talker.stream(question, **OPTIONS))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("block_seconds", [None, 0.4])
+def test_on_an_accelerator(question, speak, block_seconds):
+    talker = fresh_talker(encoder_block_seconds=block_seconds).to(torch.accelerator.current_accelerator())
+    with talker.session(**OPTIONS) as session:
+        messages = []
+        for path in (question, speak("How are you?")):
+            messages = [*messages, {"role": "user", "content": [{"type": "audio", "audio": path}]}]
+            say(session, path)
+            reply, whole = Reply.collect(session.reply()), talker.chat(messages=messages, **OPTIONS)
+            assert reply.text == whole.text
+            assert len(reply.audio) == len(whole.audio)
+            messages = [*messages, {"role": "assistant", "content": reply.text}]
+
+
 # --- errors ---
 
 
