@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 _MAPS = Path("/proc/self/smaps")
 _SUFFIX = ".safetensors"
+_WRITTEN = ("Anonymous:", "Swap:")  # pages of a private mapping that are no longer the file's
 
 
 def let_go(*roots: nn.Module) -> None:
@@ -82,17 +83,20 @@ class MappedFiles:
 
 
 def _clean_ranges() -> Iterator[tuple[int, int]]:
-    """Addresses of mapped checkpoints of which no page was written to."""
-    current: tuple[int, int] | None = None
+    """Addresses of mapped checkpoints of which no page was written to by this process."""
     try:
         lines = _MAPS.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return
-    for line in lines:
+    current: tuple[int, int] | None = None
+    written_kb = 0
+    for line in [*lines, "0-0"]:
         head = line.split(maxsplit=1)[0]
         if not head.endswith(":"):
-            is_checkpoint = line.rstrip().endswith(_SUFFIX)
+            if current is not None and not written_kb:
+                yield current
             start, _, end = head.partition("-")
-            current = (int(start, 16), int(end, 16)) if is_checkpoint else None
-        elif head == "Private_Dirty:" and current is not None and line.split()[1] == "0":
-            yield current
+            current = (int(start, 16), int(end, 16)) if line.rstrip().endswith(_SUFFIX) else None
+            written_kb = 0
+        elif head in _WRITTEN:
+            written_kb += int(line.split()[1])

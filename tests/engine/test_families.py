@@ -3,6 +3,7 @@
 A few families of different make run always, the popular ones with ``-m slow``, all with ``-m all_families``.
 """
 
+import copy
 import gc
 
 import pytest
@@ -39,7 +40,7 @@ def text_outputs(talker) -> list[torch.Tensor]:
 
 
 def check_family(family: str, tokenizer, hearing_and_voice, hum) -> None:  # noqa: F811
-    talker = wrap(family, tokenizer, hearing_and_voice)
+    talker = wrap(family, tokenizer, copy.deepcopy(hearing_and_voice))
     expected = text_outputs(talker)
     report = talker.pack("fp32", settings=PACKED).pack_report
     assert report.layers, f"nothing of {family} could be packed: {report.kept}"
@@ -53,7 +54,7 @@ def check_family(family: str, tokenizer, hearing_and_voice, hum) -> None:  # noq
     ):
         check(talker, hum, None)
 
-    talker = wrap(family, tokenizer, hearing_and_voice)
+    talker = wrap(family, tokenizer, copy.deepcopy(hearing_and_voice))
     talker.pack("int8")
     for came, plain in zip(text_outputs(talker), expected, strict=True):
         assert bool(came[plain.isfinite()].isfinite().all())
