@@ -15,7 +15,7 @@ from torch import Tensor
 from omni_adapter.audio.features import LogMel, LogMelState, NewFeatures
 from omni_adapter.errors import AudioError, ConfigError
 from omni_adapter.model import OmniModel
-from omni_adapter.modules.audio_encoder import EncoderState
+from omni_adapter.modules.audio_encoder import EncodedAudio, EncoderState
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,8 @@ class Hearing:
         if self._block_steps is None:
             device = next(encoder.parameters()).device
             lengths = torch.tensor([new.length], device=device)
-            return encoder(new.values[None].to(device), lengths, padding=self._padding).frames[0]
+            encoded: EncodedAudio = encoder(new.values[None].to(device), lengths, padding=self._padding)
+            return encoded.frames[0]
         frames = encoder.append(
             new.values,
             self._encoder,

@@ -156,8 +156,9 @@ class OmniProcessor:
         layout = lay_out(segments, task=task, rules=self.rules)
         *spans, (start, length) = layout.spans
         assert length == 1
-        head, step, tail = layout.grid.split((start, 1, layout.grid.shape[1] - start - 1), dim=1)
-        return OpenPrompt(head, step, tail, tuple(spans), self._recordings(sounds[:-1]))
+        grid, end = layout.grid, start + length
+        recordings = self._recordings(sounds[:-1])
+        return OpenPrompt(grid[:, :start], grid[:, start:end], grid[:, end:], tuple(spans), recordings)
 
     def _segments(
         self, messages: Sequence[Message], *, task: str, tools: Sequence[Mapping[str, Any]] | None

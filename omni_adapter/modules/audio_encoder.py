@@ -234,7 +234,7 @@ class AudioEncoder(nn.Module):
         x = nn.functional.gelu(self.encoder.conv2(x)).transpose(1, 2)  # [B, A', E]
         x = x + self.encoder.embed_positions.weight[: x.shape[1]]
         heard_steps = (heard + self.stride - 1) // self.stride
-        attention_mask = None
+        attention_mask: Any = None
         if block_steps is not None and block_steps < x.shape[1]:
             attention_mask = _block_mask(_mask(heard_steps, x.shape[1]), block_steps, x.dtype)
         elif not everything:
