@@ -10,7 +10,7 @@ OmniError
 ├── DataError                 a data set cannot be used, or too much of it is bad        (ValueError)
 │   └── RowError              one row cannot serve its task; `.reason` is a stable code
 ├── TrainingError             a run must stop: no step is sound, or memory ran out       (RuntimeError)
-├── BusyError                 all places are taken and enough wait already; try later   (RuntimeError)
+├── BusyError                 a server is full or closed, or a reply was cut off         (RuntimeError)
 ├── CheckpointError           a saved folder is broken or does not fit its base          (ValueError)
 └── MissingDependencyError    an optional package is not installed                       (ImportError)
 """
@@ -73,7 +73,7 @@ class TrainingError(OmniError, RuntimeError):
 
 
 class BusyError(OmniError, RuntimeError):
-    """A batcher takes no more conversations: all its places are taken and enough wait, or it was closed."""
+    """A server takes no more conversations, or one was cancelled or cut off before its reply was over."""
 
 
 class CheckpointError(OmniError, ValueError):

@@ -112,7 +112,8 @@ class Decoder:
         settings: GenerationSettings,
     ) -> None:
         self.model, self.rules, self.task, self.settings = model, rules, task, settings
-        self.text_end_ids = torch.tensor(text_end_ids, device=model.device)
+        self.text_end_ids = torch.tensor(text_end_ids, dtype=torch.long, device=model.device)
+        self._text_end = text_end_ids[0] if len(text_end_ids) == 1 else None
         # Where the host only queues work, the next pass is queued before the ids of this step are waited for.
         self.runs_ahead = model.device.type != "cpu"
         least = CodeAutomaton.least_steps(rules.delays)
@@ -327,7 +328,6 @@ class Decoder:
         grid[plan.silent, :-1] = self.rules.vocabulary.pad
         self._pass(state, self.model.embed(grid[..., None]))
 
-    @torch.inference_mode()
     def _drop_finished(self, state: DecodingState, step: Step) -> None:
         """Drop what has nothing more to say from the batch and the caches: rows, and whole conversations."""
         over = [reason is not None for reason in step.finished]
@@ -407,14 +407,13 @@ class Decoder:
         """
         uniform = state.draws.take() if state.draws else None
         text, codes, automaton = self._choose_text(state, uniform), state.last[:, :-1], state.automaton
-        said = silent = ~state.talks
-        cut = state.talks & silent
+        said, cut = state.silent, state.talks  # whether speech was cut counts only where there is some
         if automaton is not None:
             codes = self._choose_codes(state, automaton, uniform)
-            said, cut = automaton.finished, automaton.cut
+            said, cut = automaton.finished, automaton.at_limit
             if not all(state.speaks):
-                codes = codes.masked_fill(silent[:, None], self.rules.vocabulary.pad)
-                said, cut = said | silent, cut & state.talks
+                codes = codes.masked_fill(state.silent[:, None], self.rules.vocabulary.pad)
+                said, cut = said | state.silent, cut & state.talks
             if automaton.ends_text:
                 over = said & state.talks
                 text = text.masked_fill(over, self.rules.no_text)
@@ -464,13 +463,17 @@ class Decoder:
             text = torch.full_like(state.text_done, self.rules.no_text, dtype=torch.long)
             if ids is not None:
                 text[plan.writers] = ids
-        over = (text[:, None] == self.text_end_ids).any(dim=1)
+        if self._text_end is not None:
+            over = text == self._text_end
+        else:
+            over = (text[:, None] == self.text_end_ids).any(dim=1)
         if (given := state.given) is not None:
             fed = given.ids.gather(1, given.step.clamp(max=given.ids.shape[1] - 1)[:, None])[:, 0]
             given.step = given.step + 1
             text = torch.where(given.lengths > 0, fed, text)
             over = torch.where(given.lengths > 0, given.step >= given.lengths, over)
-        text = text.masked_fill(state.text_done, self.rules.no_text)
+        if any(state.written):
+            text = text.masked_fill(state.text_done, self.rules.no_text)
         state.text_done = state.text_done | over
         return text
 
@@ -522,6 +525,7 @@ class Decoder:
             last=last,
             text_done=torch.zeros(count, dtype=torch.bool, device=device),
             talks=torch.full((count,), speaks, device=device),
+            silent=torch.full((count,), not speaks, device=device),
             given=Given.of(given, device=device) if given is not None else None,
         )
         if capacity is not None:

@@ -132,6 +132,10 @@ class CodeRows(Protocol):
     def cut(self) -> Tensor:
         """Whether speech was ended because the steps ran out, bool [B]."""
 
+    @property
+    def at_limit(self) -> Tensor:
+        """``cut`` of those that have finished; anything for others, bool [B]."""
+
     def mask(self, logits: Tensor) -> Tensor:
         """Return logits [B, K, V] with ids that may not be drawn at minus infinity."""
 
@@ -170,6 +174,11 @@ class FreeRows:
     def cut(self) -> Tensor:
         """Whether speech was ended because the steps ran out: never, bool [B]."""
         return torch.zeros_like(self.finished)
+
+    @property
+    def at_limit(self) -> Tensor:
+        """``cut`` of those that have finished, bool [B]."""
+        return self.cut
 
     def mask(self, logits: Tensor) -> Tensor:
         """Return the logits as they are."""
@@ -238,7 +247,12 @@ class CodeAutomaton:
     @property
     def cut(self) -> Tensor:
         """Whether speech was ended because the steps ran out, bool [B]."""
-        return (self.most_frames == self.max_frames) & self.finished
+        return self.at_limit & self.finished
+
+    @property
+    def at_limit(self) -> Tensor:
+        """``cut`` of those that have finished; of others, whether no end has been drawn yet, bool [B]."""
+        return self.most_frames == self.max_frames
 
     def mask(self, logits: Tensor) -> Tensor:
         """Return logits [B, K, V] with all marks at minus infinity, but for the end in the leading row."""

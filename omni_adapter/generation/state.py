@@ -24,7 +24,7 @@ _MASK_BLOCK = 256  # columns by which a mask grows where the capacity is not kno
 
 
 _LISTS = ("names", "speaks", "has_given", "steps", "max_steps", "context_limited", "written", "said")
-_TENSORS = ("last", "text_done", "talks", "seen_text", "seen_codes")
+_TENSORS = ("last", "text_done", "talks", "silent", "seen_text", "seen_codes")
 
 
 class Row(NamedTuple):
@@ -176,6 +176,7 @@ class DecodingState:
         last: ids of the last step as on the grid, [n, K + 1]: codes, then text.
         text_done: whether the text has ended, bool [n].
         talks: ``speaks`` as a tensor, bool [n].
+        silent: its opposite.
         automaton: what is legal in the code rows; None if no conversation speaks.
         draws: numbers that decide draws; None if nothing is drawn.
         given: texts that are fed; None if all are sampled.
@@ -201,6 +202,7 @@ class DecodingState:
     last: Tensor
     text_done: Tensor
     talks: Tensor
+    silent: Tensor
     draws: Draws | None = None
     given: Given | None = None
     seen_text: Tensor | None = None
