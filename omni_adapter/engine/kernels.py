@@ -14,10 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _FEW_ROWS = 3  # up to here the product that reads rows of a plain weight one by one is the quicker one
-_QUANTISED_ROWS = 1 << 12  # rows of a weight that are quantised at once
+_QUANTISED_ROWS = 1 << 10  # rows of a weight that are quantised at once
 _INT8_LIMIT = 127
 _LEAST_SCALE = 1e-30  # of a row of zeros
 _CHECKED_SHAPE = (3, 48, 64)  # rows, in, out of the product that a kernel is tried on
+
+Used = Callable[[Tensor], None]
+"""Told of a part of a weight that will not be read again."""
 
 
 class Kernel:
@@ -34,7 +37,8 @@ class Kernel:
     tolerance: ClassVar[float]  # of the norm of a product of random numbers
     nbytes: int
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, *, used: Used | None = None) -> None:
+        """Take a weight [out, in] and a bias [out] over; ``used`` is told of pieces that were read."""
         raise NotImplementedError
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -47,7 +51,7 @@ class PlainFloat32(Kernel):
 
     name, precision, tolerance = "plain-fp32", "fp32", 1e-5
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, *, used: Used | None = None) -> None:
         self.weight, self.bias = _owned(weight, torch.float32), _float(bias)
         self.nbytes = self.weight.nbytes
 
@@ -74,7 +78,7 @@ class PackedFloat32(Kernel):
     name, precision, tolerance = "packed-fp32", "fp32", 1e-5
     dtype: ClassVar[torch.dtype] = torch.float32
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, *, used: Used | None = None) -> None:
         weight = weight.to(self.dtype).contiguous()
         self.nbytes = weight.nbytes
         self.packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight)
@@ -97,7 +101,7 @@ class PlainBfloat16(Kernel):
 
     name, precision, tolerance = "plain-bf16", "bf16", 2e-2
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, *, used: Used | None = None) -> None:
         self.weight = _owned(weight, torch.bfloat16)
         self.bias = None if bias is None else _owned(bias, torch.bfloat16)
         self.nbytes = self.weight.nbytes
@@ -116,8 +120,8 @@ class RowwiseInt8(Kernel):
 
     name, precision, tolerance = "rowwise-int8", "int8", 3e-2
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        quantised, self.scale = quantise_rows(weight)
+    def __init__(self, weight: Tensor, bias: Tensor | None, *, used: Used | None = None) -> None:
+        quantised, self.scale = quantise_rows(weight, used=used)
         self.packed: Tensor = torch.ops.onednn.qlinear_prepack(quantised, None)
         self.nbytes = quantised.nbytes + self.scale.nbytes
         self.zero = torch.zeros(len(quantised), dtype=torch.int32)
@@ -141,8 +145,8 @@ class WeightOnlyInt8(Kernel):
 
     name, precision, tolerance = "weight-only-int8", "int8", 3e-2
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self.weight, scale = quantise_rows(weight)
+    def __init__(self, weight: Tensor, bias: Tensor | None, *, used: Used | None = None) -> None:
+        self.weight, scale = quantise_rows(weight, used=used)
         self.scale = scale.to(torch.bfloat16)
         self.bias = _float(bias)
         self.nbytes = self.weight.nbytes + self.scale.nbytes
@@ -209,15 +213,23 @@ def _why_not(name: str) -> str:
     return "" if worst <= kernel.tolerance else f"its product is off by {worst:.1%}"
 
 
-def quantise_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a weight [out, in] in 8 bits and the scale of each of its rows, float32 [out]."""
+def quantise_rows(weight: Tensor, *, used: Used | None = None) -> tuple[Tensor, Tensor]:
+    """Return a weight [out, in] in 8 bits and the scale of each of its rows, float32 [out].
+
+    Args:
+        weight: read piece by piece.
+        used: told of each piece that was read.
+    """
     quantised = torch.empty(weight.shape, dtype=torch.int8)
     scales = torch.empty(len(weight))
     for start in range(0, len(weight), _QUANTISED_ROWS):  # in pieces, as the float32 of all would not fit
-        piece = weight[start : start + _QUANTISED_ROWS].float()
+        read = weight[start : start + _QUANTISED_ROWS]
+        piece = read.float()
         scale = piece.abs().amax(dim=1).clamp_(min=_LEAST_SCALE).mul_(1 / _INT8_LIMIT)
         quantised[start : start + _QUANTISED_ROWS] = (piece / scale[:, None]).round_()
         scales[start : start + _QUANTISED_ROWS] = scale
+        if used is not None:
+            used(read)
     return quantised, scales
 
 

@@ -27,9 +27,14 @@ def let_go(*roots: nn.Module) -> None:
     for root in roots:
         for weight in root.parameters():
             files.release(weight)
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
+    trim()
+
+
+def trim() -> None:
+    """Give back memory that was freed and that the allocator keeps for later."""
+    trim_heap = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim_heap is not None:
+        trim_heap(0)
 
 
 class MappedFiles:

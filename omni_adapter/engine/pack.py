@@ -18,7 +18,7 @@ from omni_adapter.backbone import Backbone
 from omni_adapter.backbone.probes import sample
 from omni_adapter.engine.kernels import Kernel
 from omni_adapter.engine.linears import PackedLinear, Siblings
-from omni_adapter.engine.memory import MappedFiles, let_go
+from omni_adapter.engine.memory import MappedFiles, let_go, trim
 from omni_adapter.engine.precision import Choice, choose_precision
 from omni_adapter.engine.rehearsal import (
     Casting,
@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 _DECODED_ROWS = 2  # rows of a step: one that speaks and one that writes
 _HEARD_ROWS = 64  # rows of a recording: some seconds
+_TRIMMED_BYTES = 1 << 26
 _HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -207,6 +208,7 @@ class _Packer:
         self.layers: list[PackedLayer] = []
         self.kept: dict[str, str] = {}
         self.files = MappedFiles()
+        self._packed_bytes = 0
 
     def run(self) -> PackReport:
         """Pack, part by part and layer by layer."""
@@ -218,7 +220,8 @@ class _Packer:
             backbone.settle()
             castings = {part.name: (part, cast(part)) for part in parts_of(model)}
         activations = self._activations(castings["backbone.lm"][1])
-        for part, casting in castings.values():
+        # What was made in memory goes before what lies in files: it makes room.
+        for part, casting in reversed(castings.values()):
             self.kept |= {f"{part.name}.{name}": reason for name, reason in casting.kept.items()}
             # The largest first: while one is packed, it is there twice.
             for group in sorted(casting.groups, key=lambda names: -_size_of(part, names)):
@@ -286,19 +289,25 @@ class _Packer:
             replace_module(part.root, name, layer)
             self.files.release(weight)
         self.layers.append(record)
+        self._packed_bytes += kernel.nbytes
+        if self._packed_bytes > _TRIMMED_BYTES:  # what was freed is in small pieces, which stay otherwise
+            del weights, weight
+            self._packed_bytes = 0
+            trim()
 
     def _make(self, kind: type[Kernel], part: Part, names: Sequence[str]) -> Kernel:
         """A kernel with the weights of layers, one below the other."""
         members = [part.root.get_submodule(name) for name in names]
         weights, biases = [linear_weight(member) for member in members], [linear_bias(m) for m in members]
         weight = weights[0] if len(members) == 1 else torch.cat(weights)
+        used = self.files.release if len(members) == 1 else None
         if all(bias is None for bias in biases):
-            return kind(weight, None)
+            return kind(weight, None, used=used)
         filled = [
             weight.new_zeros(len(own)) if bias is None else bias
             for own, bias in zip(weights, biases, strict=True)
         ]
-        return kind(weight, torch.cat(filled))
+        return kind(weight, torch.cat(filled), used=used)
 
     def _narrow_table(self, activations: torch.dtype) -> None:
         """Keep the input embeddings in bfloat16, or in the file where they lie; they come out wide."""

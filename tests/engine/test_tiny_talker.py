@@ -13,8 +13,8 @@ from omni_adapter.hub.files import TINY_TALKER
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "examples" / "tiny_talker"))
 
-import voices  # noqa: E402
-import world  # noqa: E402
+import voices
+import world
 
 pytestmark = pytest.mark.skipif(
     not (TINY_TALKER / CONFIG_FILE).is_file(), reason=f"{TINY_TALKER.name} is not in this checkout"
