@@ -98,6 +98,20 @@ def check_many_at_once_equal_each_alone(talker, hum, folder) -> None:
         np.testing.assert_array_equal(reply.audio, alone.audio)
 
 
+def check_coming_and_going_between_steps_equals_alone(talker, hum, folder) -> None:
+    server = talker.serve(max_conversations=2, max_steps=200, lead_s=None)
+    handles = []
+    for text in QUESTIONS:
+        handles.append(server.submit(text=text, **SHORT))
+        for _ in range(5):
+            server.turn()
+    for text, handle in zip(QUESTIONS, handles, strict=True):
+        reply, alone = handle.reply(), talker.chat(text=text, **SHORT)
+        assert reply.text == alone.text
+        np.testing.assert_array_equal(reply.audio, alone.audio)
+    assert server.most_together == (2 if talker.model.backbone.rows_can_join else 1)
+
+
 def check_streamed_equals_whole(talker, hum, folder) -> None:
     chunks = list(talker.stream(hum, stride=1, **SHORT))
     reply = talker.chat(hum, stride=100, **SHORT)
@@ -153,6 +167,7 @@ CHECKS = (
     check_text_path_is_the_base_bit_for_bit,
     check_spoken_text_is_the_written_text,
     check_many_at_once_equal_each_alone,
+    check_coming_and_going_between_steps_equals_alone,
     check_streamed_equals_whole,
     check_heard_while_spoken_equals_whole,
     check_gradient_reaches_everything_that_was_added,
