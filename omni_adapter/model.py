@@ -135,7 +135,7 @@ class OmniModel(nn.Module):
     def hear(self, clips: Clips) -> list[Tensor]:
         """Return the embeddings of each recording, [A, D] each."""
         padding = self.config.encoder_padding
-        dtype, windows = self.code_embedding.weight.dtype, []
+        dtype, windows = self.audio_adapter.up.weight.dtype, []
         if clips.lengths.numel():
             frames, lengths = self.audio_encoder(
                 clips.features, clips.lengths, padding=padding, block_steps=self.encoder_block_steps

@@ -78,7 +78,7 @@ class OmniAdapter:
         self.pack_report: PackReport | None = None
 
     @classmethod
-    def wrap(
+    def wrap(  # noqa: PLR0913 - each says what a talker is made of
         cls,
         base: str | Path | PreTrainedModel,
         *,
@@ -247,6 +247,8 @@ class OmniAdapter:
             options=replace(options, revision=config.codec.revision if codec is None else None),
         )
         hub.check_fingerprint("codec", config.codec, loaded_codec.fingerprint())
+        if precision is not None and isinstance(loaded_codec, torch.nn.Module):
+            let_go(loaded_codec)
         hub.check_geometry(config, vocab_size=backbone.vocab_size, encoder=audio_encoder, codec=loaded_codec)
         with light(lm, precision=precision):
             model = OmniModel(backbone, audio_encoder, config=config)
@@ -325,8 +327,8 @@ class OmniAdapter:
         """
         if self.precision and torch.device(device).type != self.model.device.type:
             raise ConfigError(
-                f"the weights are packed for {self.model.device.type} ({self.precision}) and stay there; load "
-                "the talker without precision, move it, then call pack()"
+                f"the weights are packed for {self.model.device.type} ({self.precision}) and stay there; "
+                "load the talker without precision, move it, then call pack()"
             )
         self.model.to(device)
         if isinstance(self.codec, torch.nn.Module):

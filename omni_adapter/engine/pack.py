@@ -227,7 +227,10 @@ class _Packer:
             for group in sorted(casting.groups, key=lambda names: -_size_of(part, names)):
                 self._pack_group(part, group, dtype=activations)
             let_go()
-        widen(model, dtype=activations, but=backbone.embedding_table)
+        tables = [backbone.embedding_table]
+        if self.choice.precision != "fp32":
+            tables.append(model.code_embedding.weight)  # comes out as what it is added to
+        widen(model, dtype=activations, but=tables)
         self._narrow_table(activations)
         backbone.activation_dtype = activations
         errors = {
@@ -340,8 +343,9 @@ def parts_of(model: OmniModel) -> Iterator[Part]:
     def run_lm() -> tuple[Tensor, ...]:
         steps = sample(backbone)
         pair = torch.cat([steps, steps.flip(1)])
-        first = backbone(pair[:, :-1], use_cache=True, logits_to_keep=1)
-        second = backbone(pair[:, -1:], cache=first.cache, use_cache=True, logits_to_keep=1)
+        # Logits of all steps: of some, torch's product in half precision copies the whole head.
+        first = backbone(pair[:, :-1], use_cache=True)
+        second = backbone(pair[:, -1:], cache=first.cache, use_cache=True)
         return first.logits, first.tapped, second.logits, second.tapped
 
     yield Part("backbone.lm", backbone.lm, run_lm, _DECODED_ROWS)
@@ -372,19 +376,20 @@ def _size_of(part: Part, names: Sequence[str]) -> int:
 
 def _dtype_of(model: OmniModel) -> Callable[[], torch.dtype]:
     """The type of the grafted parts, which packing changes."""
-    return lambda: model.code_embedding.weight.dtype
+    return lambda: model.audio_adapter.up.weight.dtype
 
 
-def widen(model: nn.Module, *, dtype: torch.dtype, but: Tensor) -> None:
+def widen(model: nn.Module, *, dtype: torch.dtype, but: Sequence[Tensor]) -> None:
     """Cast what is left in half precision to ``dtype``, one tensor after the other.
 
     Args:
         model: its parameters and buffers.
         dtype: of the activations.
-        but: a tensor that stays.
+        but: tensors that stay.
     """
+    staying = {id(tensor) for tensor in but}
     for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.dtype in _HALVES and tensor is not but:
+        if tensor.dtype in _HALVES and id(tensor) not in staying:
             tensor.data = tensor.data.to(dtype)
 
 
