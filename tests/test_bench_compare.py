@@ -39,6 +39,7 @@ QUICK = settings_for(
     "tiny", seconds=0.3, rounds=1, steps=1, reply_steps=16, length_steps=16, bandwidth_rounds=1
 )
 IN_PROCESS = tuple(name for name in SECTIONS if name not in ("startup", "memory"))
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -354,9 +355,17 @@ def test_table(result, capsys):
     for words in (
         "tiny (tiny, random weights", "published, fp32", "× faster than published fp32", "× its floor",
         "end of a 0.3 s question → first sound", "step 16 / step 10", "2 at once / in turn", "exact",
-        "omni-adapter bench --compare --shape tiny",
+        "omni-adapter bench --compare --shape tiny --seconds 0.3 --rounds 1 --steps 1 --threads",
     ):  # fmt: skip
         assert words in shown.get(), words
+
+
+def test_a_busy_machine_is_told(result):
+    for load, is_told in ((9.0, True), (0.1, False)):
+        sections = {"codec": {**result["sections"]["codec"], "load_average": [load, 9.0]}}
+        machine = {**result["machine"], "cores": 2}
+        text = to_markdown({**result, "machine": machine, "sections": sections})
+        assert ("busy with other work (load average 9.0 on 2 cores" in text) == is_told
 
 
 def test_markdown_is_written_between_its_marks(result, folder):
@@ -367,6 +376,8 @@ def test_markdown_is_written_between_its_marks(result, folder):
     text = readme.read_text()
     assert text == f"# A\n\n<!-- bench: figures.json -->\n{to_markdown(result)}<!-- bench ends -->\n\nB\n"
     assert render(text, folder)[0] == text
+    (folder / "figures.svg").write_text("<svg/>")
+    assert "](figures.svg)\n<!-- bench ends -->" in render(text, folder)[0]
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert len({line.count("|") for line in rows}) == 1
     for wrong, message in (
@@ -376,6 +387,16 @@ def test_markdown_is_written_between_its_marks(result, folder):
     ):
         with pytest.raises(ConfigError, match=message):
             render(wrong, folder)
+
+
+def test_the_readme_shows_what_the_json_says():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    updated, files = render(text, ROOT)
+    assert updated == text, "make it anew: omni-adapter bench --markdown README.md"
+    for file in files:
+        sections = read_comparison(file)["sections"]
+        assert [name for name, section in sections.items() if "error" in section] == []
+        assert f"omni-adapter bench --compare --shape {read_comparison(file)['name']}" in text
 
 
 def test_curves(result, folder):

@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -67,7 +68,7 @@ def load_mode(name: str, mode: Mode, *, device: torch.device, preset: str | None
         preset: the one whose random weights it has; transformers would load its tokenizer as that of the
             base's family.
     """
-    loading = {"tokenizer": make_tokenizer(preset)} if preset else {}
+    loading: dict[str, Any] = {"tokenizer": make_tokenizer(preset)} if preset else {}
     if mode.precision is None:
         return load_talker(name, dtype="float32", **loading).to(device)
     if device.type == "cpu":
@@ -139,7 +140,8 @@ def tts_layers(talker: OmniAdapter, count: int | None) -> Iterator[OmniAdapter]:
 
 def _lm_weights(lm: PreTrainedModel) -> tuple[int, int]:
     """Weights of a language model's blocks and norms, and of its head."""
-    head, embedding = lm.get_output_embeddings(), lm.get_input_embeddings()
+    head = lm.get_output_embeddings()  # type: ignore[no-untyped-call]
+    embedding = lm.get_input_embeddings()
     outside = {id(embedding.weight)} | ({id(head.weight)} if head is not None else set())
     body = sum(weight.numel() for weight in lm.parameters() if id(weight) not in outside)
     return body, head.weight.numel() if head is not None else 0

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from omni_adapter.audio.codec import SnacCodec, levels_from_rows
 from omni_adapter.config import CodecSpec
 from omni_adapter.errors import ConfigError
-from omni_adapter.modules.audio_encoder import AudioEncoder
+from omni_adapter.modules.audio_encoder import AudioEncoder, EncodedAudio
 from omni_adapter.talker import OmniAdapter
 
 _ROWS = 2
@@ -237,7 +237,7 @@ class ReferenceModel(nn.Module):
             hidden = block(hidden, place, keys, values)
         if further:
             codes = self.post_head(self.post_norm(hidden))
-        return text, list(codes.split(shape.code_vocabulary, dim=-1))
+        return text, list(torch.split(codes, shape.code_vocabulary, dim=-1))
 
     def step_weight_bytes(self, *, post: bool) -> int:
         """Bytes of weights that every step reads."""
@@ -260,7 +260,7 @@ def random_reference(shape: ReferenceShape, *, dtype: torch.dtype, device: torch
             if name.endswith("norm.weight"):
                 weight.fill_(1)
                 continue
-            for part in weight.view(-1).split(_NUMBERS):
+            for part in torch.split(weight.view(-1), _NUMBERS):
                 part.copy_(numbers[: len(part)])
     model.make_tables(device)
     return model.eval().requires_grad_(False)
@@ -313,7 +313,7 @@ class ReferenceTalker:
         window = log_mel.windows(waveform, padding="window")[0]
         lengths = torch.tensor([window.length], device=self.device)
         features = window.values[None].to(self.device)
-        encoded = self.encoder(features, lengths, padding="window")
+        encoded: EncodedAudio = self.encoder(features, lengths, padding="window")
         return encoded.frames[0]
 
     @torch.inference_mode()

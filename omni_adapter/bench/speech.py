@@ -89,7 +89,7 @@ def _while_spoken(
 
     Blocks see no sound that is still to come, as for a talker that was trained with blocks of that length.
     """
-    blocks = waveform.split(round(_BLOCK_S * rate))
+    blocks = torch.split(waveform, round(_BLOCK_S * rate))
 
     def contestant() -> float:
         with workshop.varied(mode.name, 0) as talker:
@@ -215,4 +215,4 @@ def _pushing(codec: Any, options: dict[str, Any], codes: Tensor, device: torch.d
 def _streamed(codec: Any, options: dict[str, Any], codes: Tensor, stride: int) -> Tensor:
     """Sound of codes [K, T] that come in chunks."""
     stream = CodecStream(codec, **options)
-    return torch.cat([*(stream.push(chunk) for chunk in codes.split(stride, dim=-1)), stream.finish()])
+    return torch.cat([*(stream.push(chunk) for chunk in torch.split(codes, stride, dim=-1)), stream.finish()])

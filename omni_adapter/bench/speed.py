@@ -29,7 +29,9 @@ def frame_seconds(talker: OmniAdapter) -> float:
 
 def compare_steps(workshop: Workshop) -> dict[str, Any]:
     """Time a step with its heads and draws in every mode, beside the published implementation."""
-    settings, contestants, rows = workshop.settings, {}, {}
+    settings = workshop.settings
+    contestants: dict[str, Contestant] = {}
+    rows: dict[str, Row] = {}
     count = settings.rounds * settings.steps + _WARM_UP
     for variant in workshop.variants:
         for name in workshop.references():
@@ -197,7 +199,7 @@ def compare_sizes(workshop: Workshop) -> dict[str, Any]:
 
 def _time_size(workshop: Workshop, size: str, mode: Mode, meter: BandwidthMeter) -> Row:
     settings, preset = workshop.settings, SHAPES[size]
-    loading = {"precision": mode.precision} if mode.precision else {}
+    loading: dict[str, Any] = {"precision": mode.precision} if mode.precision else {}
     dtype = "bfloat16" if mode.precision else "float32"
     talker = random_talker(preset, tts_layers=0, dtype=dtype, **loading).to(workshop.device)
     weights = StepWeights.of_preset(PRESETS[preset])

@@ -32,6 +32,8 @@ COLUMNS = {
 _NOTHING = "–"
 _START = re.compile(r"<!-- bench: (?P<file>\S+) -->\n")
 _END = "<!-- bench ends -->"
+_BUSY = 0.5  # processes for each core before a measurement, above which it is disturbed
+_CURVES = "A step over the length of a reply; conversations at once; sizes"
 
 
 def show_comparison(result: Row, console: Console) -> None:
@@ -78,14 +80,20 @@ def update_markdown(path: Path) -> list[Path]:
 
 
 def render(text: str, folder: Path) -> tuple[str, list[Path]]:
-    """Return Markdown with its tables made anew, and the JSON files that it names."""
+    """Return Markdown with its tables made anew, and the JSON files that it names.
+
+    Behind the table come the curves, where an SVG of the JSON's name lies beside it.
+    """
     parts, files, position = [], [], 0
     for match in _START.finditer(text):
         end = text.find(_END, match.end())
         if end < 0:
             raise ConfigError(f"{match[0].strip()} has no end; put {_END} behind its table")
-        files.append(folder / match["file"])
-        parts += [text[position : match.end()], to_markdown(read_comparison(files[-1]))]
+        file = folder / match["file"]
+        files.append(file)
+        parts += [text[position : match.end()], to_markdown(read_comparison(file))]
+        if file.with_suffix(".svg").is_file():
+            parts.append(f"\n![{_CURVES}]({Path(match['file']).with_suffix('.svg').as_posix()})\n")
         position = end
     if not files:
         raise ConfigError(f"there is no table to make; mark its place with <!-- bench: FILE.json -->, {_END}")
@@ -216,6 +224,13 @@ def notes(result: Row) -> list[str]:
             found.append(f"Not measured, {name}: {section['error']}.")
         for mode, reason in section.get("not_available", {}).items():
             found.append(f"Not measured, {name} of {COLUMNS.get(mode, mode)}: {reason}.")
+    loads = [section["load_average"][0] or 0 for section in sections.values() if "load_average" in section]
+    cores = result["machine"]["cores"] or 1
+    if loads and loads[0] > _BUSY * cores:
+        found.append(
+            f"The machine was busy with other work (load average {loads[0]:.1f} on {cores} cores when it "
+            "began): these figures only show that everything runs."
+        )
     found.append(f"`{result['command']}`")
     return found
 
