@@ -106,7 +106,7 @@ def test_ratios_of_the_other_sections(result):
     for row in sections["first_audio"]["rows"]:
         assert row["speedup"] == pytest.approx(base["median_s"] / row["median_s"])
     assert {row["decoding"] for row in sections["codec"]["rows"]} >= {"exact", "published"}
-    assert [row["size"] for row in sections["size"]["rows"] if row["mode"] in ("plain", "bf16")] == ["tiny"]
+    assert [row["size"] for row in sections["size"]["rows"]] == ["tiny"]
 
 
 def test_what_cannot_be_had_is_listed(result):
