@@ -19,8 +19,8 @@ export PYTHON VENV
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## *' '{ printf "make %-10s %s\n", $$1, $$2 }'
 
-talk: $(VENV)/.core voices  ## ask a small offline talker a spoken question; its reply goes to build/reply.wav
-	$(BIN)/python examples/talk_offline.py $(ARGS)
+talk: $(VENV)/.core voices  ## ask the tiny talker a spoken question, or WAV=your.wav; its reply goes to build/reply.wav
+	$(BIN)/python examples/talk_offline.py $(if $(WAV),--question "$(WAV)") $(ARGS)
 
 tiny: $(VENV)/.tiny voices  ## train the tiny talker of examples/tiny_talker from nothing (hours; goes on after a stop)
 	$(BIN)/python examples/tiny_talker/make.py $(ARGS)

@@ -1,26 +1,24 @@
-"""Ask a talker a spoken question, all on this machine: what `make talk` runs.
+"""Ask the talker that comes with the package a spoken question, all on this machine: what `make talk` runs.
 
-    python examples/talk_offline.py [FOLDER]
+    python examples/talk_offline.py [FOLDER] [--question WAV]
 
-A synthesizer speaks the question, a small talker with random weights is built once, and then the real command
-line answers it. The files go to FOLDER, `build` by default.
+A synthesizer speaks the question, unless you bring a recording of your own, and the command line
+answers it in writing and in speech. The files go to FOLDER, `build` by default.
 """
 
+import argparse
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-from transformers.utils import logging
-from untrained_talker import build_untrained_talker
-
-QUESTION = "What is the capital of France?"
-MAX_NEW_TOKENS = 120
+QUESTION = "what color is the sky blue or red"
 
 
 def speak(text: str, path: Path) -> None:
     """Write spoken text to a wav file with a synthesizer that is at hand."""
-    lines = {"espeak-ng": ["-w", str(path), text], "flite": ["-t", text, "-o", str(path)]}
+    lines = {"flite": ["-voice", "slt", "-t", text, "-o", str(path)], "espeak-ng": ["-w", str(path), text]}
     for program, arguments in lines.items():
         if shutil.which(program):
             subprocess.run([program, *arguments], check=True)
@@ -30,22 +28,22 @@ def speak(text: str, path: Path) -> None:
     )
 
 
-def main(folder: Path) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Ask the talker that comes with the package a question.")
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("build"), help="where the files go")
+    parser.add_argument("--question", type=Path, help="a recording of your own instead of the synthesizer's")
+    arguments = parser.parse_args()
+    folder: Path = arguments.folder
     folder.mkdir(parents=True, exist_ok=True)
-    question, talker, reply = folder / "question.wav", folder / "talker", folder / "reply.wav"
-    speak(QUESTION, question)
-    print(f"question: {QUESTION!r}, spoken into {question}")
-    logging.disable_progress_bar()
-    if not (talker / "omni_config.json").is_file():
-        build_untrained_talker(talker)
-    print(f"talker:   {talker}, small and UNTRAINED: its words and its voice are noise until it is trained")
-    options = ["--model", str(talker), "--out", str(reply), "--max-new-tokens", str(MAX_NEW_TOKENS)]
-    print(f"running:  omni-adapter talk {question} {' '.join(options)}\n", flush=True)
-    talk = subprocess.run(
-        [sys.executable, "-m", "omni_adapter", "talk", str(question), *options], check=False
-    )
-    sys.exit(talk.returncode)
+    question = arguments.question or folder / "question.wav"
+    if arguments.question is None:
+        speak(QUESTION, question)
+        print(f"question: {QUESTION!r}, spoken into {question}")
+    talk = ["talk", str(question), "--out", str(folder / "reply.wav")]
+    print(f"running:  omni-adapter {shlex.join(talk)}\n", flush=True)
+    done = subprocess.run([sys.executable, "-m", "omni_adapter", *talk], check=False)
+    sys.exit(done.returncode)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1] if len(sys.argv) > 1 else "build"))
+    main()

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from omni_adapter.generation.generator import GenerationSettings
     from omni_adapter.generation.sampling import SamplingSettings
     from omni_adapter.generation.streaming import Chunk, Reply
+    from omni_adapter.hub.files import TINY_TALKER
     from omni_adapter.model import OmniModel
     from omni_adapter.session import Session
     from omni_adapter.talker import OmniAdapter
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "TINY_TALKER",
     "AudioError",
     "BackboneError",
     "CheckpointError",
@@ -66,6 +68,7 @@ _HOMES = {
     "omni_adapter.generation.generator": ("GenerationSettings",),
     "omni_adapter.generation.sampling": ("SamplingSettings",),
     "omni_adapter.generation.streaming": ("Chunk", "Reply"),
+    "omni_adapter.hub.files": ("TINY_TALKER",),
     "omni_adapter.model": ("OmniModel",),
     "omni_adapter.session": ("Session",),
     "omni_adapter.talker": ("OmniAdapter",),

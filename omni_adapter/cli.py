@@ -51,8 +51,9 @@ _PATIENCE_S = 5.0
 _WIDE = 200  # columns of a table that goes into a file
 
 _NO_MODEL = (
-    "no model was named: the tiny talker that comes with the package answers. It knows 300 words: sums, days, "
-    f"capitals, colours, opposites, spelling, small talk; name another with --model or {_MODEL_VARIABLE}"
+    "no model was named: the tiny talker that comes with the package answers. It knows 300 words: sums, "
+    "days, capitals, colours, opposites, spelling, small talk; name another with --model or "
+    f"{_MODEL_VARIABLE}"
 )
 
 _messages = Console(stderr=True, highlight=False)
@@ -126,7 +127,12 @@ class Where:
 
     model: Annotated[
         str | None,
-        typer.Option("--model", "-m", envvar=_MODEL_VARIABLE, help="Folder or Hub id of a saved talker."),
+        typer.Option(
+            "--model",
+            "-m",
+            envvar=_MODEL_VARIABLE,
+            help="Folder or Hub id of a saved talker; default: the tiny one that comes with the package.",
+        ),
     ] = None
     device: Annotated[
         str | None, typer.Option(help="Where to compute, such as cpu; default: the best there is.")
@@ -137,7 +143,7 @@ class Where:
     precision: Annotated[
         Precision | None,
         typer.Option(
-            help="Repack the weights for this machine: quicker, in less memory; default: leave them as they are."
+            help="Repack the weights for this machine: quicker, less memory; default: leave them as they are."
         ),
     ] = None
 
@@ -344,9 +350,9 @@ def listen(
 ) -> None:
     """Ask through the microphone: speak, then pause or press Enter. Ctrl-C ends the conversation.
 
-    The question is heard while it is spoken, so that the answer comes soon after its end, soonest from a talker
-    that was trained to hear in blocks. Needs the extra 'mic' of the package. Each reply replaces the one
-    before in the wav file.
+    The question is heard while it is spoken, so that the answer comes soon after its end, soonest from a
+    talker that was trained to hear in blocks. Needs the extra 'mic' of the package. Each reply replaces the
+    one before in the wav file.
     """
     settings = decoding.settings()
     _check_files(None, output.out)
@@ -574,7 +580,8 @@ class Comparing:
         typer.Option(help="What to compare: a size with random weights, such as 0.5b; or name a talker."),
     ] = None
     sections: Annotated[
-        str, typer.Option(help="Sections, such as steps,memory; default all but size; a wrong one lists them.")
+        str,
+        typer.Option(help="Sections, such as steps,memory; default: all but size; a wrong one lists them."),
     ] = ""
     save: Annotated[
         Path | None,
@@ -633,7 +640,7 @@ def bench(  # noqa: PLR0913 - an option is a parameter
     With --train: seconds and peak memory of a training step, each way in a process of its own. With
     --compare: our precisions in turns with the published implementation, beside the floor of this machine.
     """
-    timing = {
+    timing: dict[str, Any] = {
         key: value
         for key, value in (
             ("seconds", seconds), ("steps", steps), ("rounds", rounds), ("stride", stride),
@@ -994,20 +1001,21 @@ def _check_talker_folder(out: Path) -> None:
 
 
 def _load_talker(where: Where) -> "OmniAdapter":
-    if not where.model:
-        raise ConfigError(_NO_MODEL)
-    from omni_adapter.hub import CONFIG_FILE
+    from omni_adapter.hub import CONFIG_FILE, TINY_TALKER
     from omni_adapter.talker import OmniAdapter
 
-    folder = Path(where.model)
+    if not where.model:
+        _note(_NO_MODEL)
+    model = where.model or str(TINY_TALKER)
+    folder = Path(model)
     if folder.is_dir() and not (folder / CONFIG_FILE).is_file():
         raise ConfigError(
             f"{folder} is no saved talker: it has no {CONFIG_FILE}; "
             f"if it is a language model, wrap it first: omni-adapter wrap {folder} --out talker"
         )
-    with _working(f"loading {where.model}"):
-        _prepare_hub(where.model)
-        talker = OmniAdapter.from_pretrained(where.model, dtype=where.dtype.value, precision=_while_loading(where))
+    with _working(f"loading {model}"):
+        _prepare_hub(model)
+        talker = OmniAdapter.from_pretrained(model, dtype=where.dtype.value, precision=_while_loading(where))
         talker = _to_device(talker, where.device)
         if where.precision and not talker.precision:
             talker.pack(where.precision.value)
@@ -1017,7 +1025,7 @@ def _load_talker(where: Where) -> "OmniAdapter":
 
 
 def _while_loading(where: Where) -> str | None:
-    """The precision to load in, if the talker stays on the processor; otherwise it is packed where it goes."""
+    """The precision to load in, if the talker stays on the processor; else it is packed where it goes."""
     import torch
 
     moves = torch.accelerator.is_available() if where.device is None else where.device != "cpu"

@@ -196,7 +196,7 @@ class OmniModel(nn.Module):
             steps_to_keep: only that many last steps get logits; 0 for all, None to run no heads.
         """
         hidden = hidden.to(self.code_heads.proj.weight.dtype)
-        spoken = self.tts_blocks(
+        spoken: Tensor = self.tts_blocks(
             hidden, attention_mask=attention_mask, position_ids=position_ids, cache=cache
         )  # [B, S, D]
         if steps_to_keep is None:

@@ -183,11 +183,12 @@ def test_interrupted_replies_can_be_played(run, talker_folder, monkeypatch):
 
 def test_ctrl_c_leaves_a_playable_file(talker_folder, question, tmp_path):
     line = [sys.executable, "-m", "omni_adapter", "talk", str(question), "-m", str(talker_folder)]
+    line += ["--max-new-tokens", "1900"]
     with subprocess.Popen(
         line, cwd=tmp_path, stderr=subprocess.PIPE, text=True, stdout=subprocess.DEVNULL
     ) as talk:
         out, deadline_s = tmp_path / "reply.wav", time.monotonic() + 60
-        while not (out.exists() and out.stat().st_size > 30_000) and time.monotonic() < deadline_s:
+        while not (out.exists() and out.stat().st_size > 24_000) and time.monotonic() < deadline_s:
             time.sleep(0.01)
         talk.send_signal(signal.SIGINT)
         messages = talk.communicate(timeout=60)[1]
@@ -443,13 +444,12 @@ def test_no_question(run, talker_folder):
     )
 
 
-@pytest.mark.parametrize("command", [("talk", "--text", "Hi"), ("say", "Hi"), ("listen", "--once")])
-def test_no_model(run, command):
-    refused(
-        run(*command),
-        "no model; pass --model with a folder or Hub id of a talker, or set OMNI_ADAPTER_MODEL",
-        "omni-adapter wrap BASE_MODEL --out talker",
-    )
+def test_no_model_named(run):
+    result = run("talk", "--text", "how much is six plus seven", "--out", "reply.wav")
+    assert result.exit_code == 0
+    assert "no model was named" in result.stderr
+    assert result.stdout.strip() == "the answer is thirteen"
+    assert soundfile.info("reply.wav").duration > 0.5
 
 
 def test_models_that_are_none(run, talker_folder):

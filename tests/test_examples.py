@@ -3,10 +3,10 @@
 import os
 import runpy
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import soundfile
 
@@ -56,18 +56,23 @@ def test_talk_offline(run, tmp_path, capfd):
         run("talk_offline.py", tmp_path / "build")
     assert stop.value.code == 0
     out, messages = capfd.readouterr()
-    assert "UNTRAINED" in out
+    assert "the sky is blue" in out
     assert "first sound after" in messages
-    assert "real-time factor" in messages
-    samples, rate = soundfile.read(tmp_path / "build" / "reply.wav")
-    assert rate == 24000
-    assert len(samples) > 5 * rate
-    assert np.abs(samples).max() > 0.01
+    assert soundfile.info(tmp_path / "build" / "reply.wav").duration > 0.5
+
+
+def test_talk_offline_with_a_recording_of_ones_own(run, tmp_path, capfd):
+    question = tmp_path / "mine.wav"
+    subprocess.run(["espeak-ng", "-w", question, "what is the opposite of hot"], check=True)
+    with pytest.raises(SystemExit) as stop:
+        run("talk_offline.py", tmp_path / "build", "--question", question)
+    assert stop.value.code == 0
+    assert "cold" in capfd.readouterr().out
 
 
 def test_talk_offline_without_a_synthesizer(run, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda program: None)
-    with pytest.raises(SystemExit, match="no synthesizer found; install one of espeak-ng, flite"):
+    with pytest.raises(SystemExit, match="no synthesizer found; install one of flite, espeak-ng"):
         run("talk_offline.py", tmp_path)
 
 

@@ -135,6 +135,22 @@ def question_rows(
         yield row, Clip(out / audio_in, record.question, (name, record.id), voice)
 
 
+def dictation_rows(out: Path) -> Iterator[tuple[dict[str, object], Clip]]:
+    """Yield rows of word lists with their recordings, by the voices of training in turn."""
+    for number, text in enumerate(world.dictations()):
+        voice = voices.SEEN[number % len(voices.SEEN)]
+        name = f"speech/dictation/{number:05d}.wav"
+        row = {"id": f"dictation-{number}", "voice": voice.name, "audio_in": name, "text_in": text}
+        yield {**row, "task": "asr"}, Clip(out / name, text, ("dictation", number), voice)
+
+
+def written_rows() -> Iterator[dict[str, object]]:
+    """Yield what the language model learned from: its text ability is kept by what made it."""
+    for number, record in enumerate((*world.unspoken_wordings(), *world.long_counts())):
+        row = {"id": f"written-{number}", "text_in": record["question"], "text_out": record["answer"]}
+        yield {**row, "turns": record["turns"], "task": "text_to_text"}
+
+
 def build(out: Path, *, renditions: int = 2, jobs: int = 1) -> None:
     """Write the world.
 
@@ -157,6 +173,10 @@ def build(out: Path, *, renditions: int = 2, jobs: int = 1) -> None:
             rows, clips = zip(*question_rows(out, "train", rendition), strict=True)
             _make(pool, f"questions of training, {rendition + 1} of {renditions}", clips)
             train.extend(rows)
+        rows, clips = zip(*dictation_rows(out), strict=True)
+        _make(pool, "dictations", clips)
+        write_rows(out / "rows_dictation.jsonl", rows)
+    write_rows(out / "rows_written.jsonl", written_rows())
     write_rows(out / "rows_train.jsonl", train)
 
 

@@ -15,7 +15,6 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +34,7 @@ from part_training import (
     training_folder,
     training_parser,
 )
-from world import DAYS, MONTHS, NUMBERS, held_out, pairs
+from world import DAYS, MONTHS, NUMBERS, long_counts, unspoken_wordings
 
 KINDS: Mapping[str, Mapping[str, Any]] = {
     "llama": {},
@@ -71,6 +70,11 @@ ORDER_KINDS = frozenset(
     {"plus", "minus", "two turns sum", "counting", "long counting", "comparison", "day", "month"}
 )
 """Kinds about numbers and orders: alone at first, since among others they are learned by heart."""
+
+CARD = (
+    "---\nlicense: apache-2.0\n---\n\nA tiny language model, made by examples/tiny_talker of omni-adapter.\n"
+)
+"""What lies beside the weights: wrapping takes the licence from there."""
 
 ORDER_STEPS = 800
 """Steps that take these kinds alone."""
@@ -185,38 +189,6 @@ class Lesson(NamedTuple):
 def read_records(path: Path) -> list[dict[str, Any]]:
     """Read a file of the world's records."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def unspoken_wordings() -> list[dict[str, Any]]:
-    """Every wording of the pairs that are not held out."""
-    return [
-        {
-            "kind": pair.kind,
-            "turns": [turn._asdict() for turn in exchange.turns],
-            "question": exchange.question,
-            "answer": exchange.answer,
-        }
-        for pair in pairs()
-        if pair.key not in held_out()
-        for exchange in pair.exchanges
-    ]
-
-
-def long_counts() -> list[dict[str, Any]]:
-    """Counting further than the world's questions ask for: how numbers follow one another."""
-    asked = {pair.key for pair in pairs()}
-    ways = [
-        way
-        for low, high in combinations(range(len(NUMBERS)), 2)
-        if f"counting: {', '.join(sorted((NUMBERS[low], NUMBERS[high])))}" not in asked
-        for way in (NUMBERS[low : high + 1], NUMBERS[low : high + 1][::-1])
-    ]
-    return [
-        {"kind": "long counting", "turns": [], "question": f"{wording} from {way[0]} until {way[-1]}",
-         "answer": " ".join(way)}
-        for way in ways
-        for wording in ("count", "please count")
-    ]  # fmt: skip
 
 
 def words_of(records: Iterable[Mapping[str, Any]]) -> set[str]:
@@ -381,6 +353,7 @@ def train_lm(
         """Write LM and tokenizer; return what the LM can do."""
         lm.save_pretrained(target)
         tokenizer.save_pretrained(target)
+        (target / "README.md").write_text(CARD, encoding="utf-8")
         return describe(exact_match(lm, questions, pad=pad))
 
     trainer.run(training.loss, lambda: save(folder / "so-far"), until=until)

@@ -58,20 +58,25 @@ def plan(out: Path, *, kind: str = "llama") -> list[Part]:
         out: folder of everything.
         kind: architecture of the LM; world, encoder and codec are the same for all.
     """
-    world, encoder, codec, rows = (out / name for name in ("world", "encoder", "codec", "rows"))
+    world, encoder, codec, rows, dictation = (
+        out / name for name in ("world", "encoder", "codec", "rows", "dictation")
+    )
     lm = out / f"lm-{kind}"
     stages = {name: out / kind / name for name in ("hear", "speak", "adapt", "finetune")}
+    written = world / "rows_written.jsonl"
     talker, report = out / f"talker-{kind}", out / f"report-{kind}"
-    prepare = (sys.executable, str(ROOT / "recipes" / "prepare.py"), str(world / "rows_train_coded.jsonl"))
     parts = ("--encoder", encoder, "--codec", codec)
     # The training one comes last, so that its being there says that all are.
     to_encode = [world / f"rows_{name}.jsonl" for name in ("heldout_seen", "heldout_unseen", "train")]
     end = "talker/omni_config.json"
 
-    def train(stage: int, name: str, *start: object) -> Part:
-        return Part(
-            name, recipe(stage, name, *start, "--data", rows, f"out={stages[name]}"), stages[name] / end
-        )
+    def prepare(name: str, source: str, target: Path) -> Part:
+        command = (sys.executable, ROOT / "recipes" / "prepare.py", world / source, "--out", target, *parts)
+        return Part(name, tuple(map(str, command)), target / "prepared.json")
+
+    def train(stage: int, name: str, *words: object) -> Part:
+        given = (*words, "--data", rows, f"out={stages[name]}")
+        return Part(name, recipe(stage, name, *given), stages[name] / end)
 
     return [
         Part("world", script("build_world", "--out", world), world / "rows_train.jsonl"),
@@ -84,11 +89,12 @@ def plan(out: Path, *, kind: str = "llama") -> list[Part]:
             "codes", script("codec", "--data", world, "--out", codec, "--encode", *to_encode),
             world / "rows_train_coded.jsonl",
         ),
-        Part("rows", (*prepare, "--out", str(rows), *map(str, parts)), rows / "prepared.json"),
-        train(1, "hear", "--base", lm, *parts),
+        prepare("rows", "rows_train_coded.jsonl", rows),
+        prepare("dictation", "rows_dictation.jsonl", dictation),
+        train(1, "hear", "--base", lm, *parts, "--data", dictation),
         train(1, "speak", "--start", stages["hear"] / "talker"),
-        train(2, "adapt", "--start", stages["speak"] / "talker"),
-        train(3, "finetune", "--start", stages["adapt"] / "talker"),
+        train(2, "adapt", "--start", stages["speak"] / "talker", "--data", dictation, "--data", written),
+        train(3, "finetune", "--start", stages["adapt"] / "talker", "--data", dictation, "--data", written),
         Part(
             "ship", script("ship", stages["finetune"] / "talker", "--out", talker), talker / "README.md",
         ),

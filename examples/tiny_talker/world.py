@@ -21,13 +21,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import combinations, permutations
-from typing import Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 SEED = 4
 """Decides which pairs are held out and how each is worded."""
 
 HELD_OUT = 0.1
 """Share of the pairs of each kind."""
+
+DICTATIONS = 6000
+"""Lists of words to write down."""
 
 Split = Literal["train", "heldout"]
 
@@ -557,6 +560,51 @@ def _texts(record: Record) -> tuple[str, ...]:
 def sentences() -> tuple[str, ...]:
     """Return every text of training once, in a mixed order: what a voice of this world has to say."""
     return tuple(_shuffled({text for record in records("train") for text in _texts(record)}, "sentences"))
+
+
+@cache
+def dictations(count: int = DICTATIONS) -> tuple[str, ...]:
+    """Return lists of two to seven words that mean nothing: whoever writes them down has to hear each one."""
+    words = vocabulary()
+    return tuple(
+        " ".join(
+            words[int(draw("dictation", number, place) * len(words))]
+            for place in range(2 + int(6 * draw("dictation", number)))
+        )
+        for number in range(count)
+    )
+
+
+def unspoken_wordings() -> list[dict[str, Any]]:
+    """Every wording of the pairs that are not held out."""
+    return [
+        {
+            "kind": pair.kind,
+            "turns": [turn._asdict() for turn in exchange.turns],
+            "question": exchange.question,
+            "answer": exchange.answer,
+        }
+        for pair in pairs()
+        if pair.key not in held_out()
+        for exchange in pair.exchanges
+    ]
+
+
+def long_counts() -> list[dict[str, Any]]:
+    """Counting further than the world's questions ask for: how numbers follow one another."""
+    asked = {pair.key for pair in pairs()}
+    ways = [
+        way
+        for low, high in combinations(range(len(NUMBERS)), 2)
+        if f"counting: {', '.join(sorted((NUMBERS[low], NUMBERS[high])))}" not in asked
+        for way in (NUMBERS[low : high + 1], NUMBERS[low : high + 1][::-1])
+    ]
+    return [
+        {"kind": "long counting", "turns": [], "question": f"{wording} from {way[0]} until {way[-1]}",
+         "answer": " ".join(way)}
+        for way in ways
+        for wording in ("count", "please count")
+    ]  # fmt: skip
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ A file imports from those above it.
 
 from omni_adapter.hub.adapters import load_adapter, split_base
 from omni_adapter.hub.atomic import replacing
-from omni_adapter.hub.files import BASE_ADAPTER, CONFIG_FILE, PARTS, read_datasets
+from omni_adapter.hub.files import BASE_ADAPTER, CONFIG_FILE, PARTS, TINY_TALKER, read_datasets
 from omni_adapter.hub.loading import fetch_folder, load_added, part_location, read_config
 from omni_adapter.hub.options import HubOptions, sort_arguments
 from omni_adapter.hub.parts import (
@@ -35,6 +35,7 @@ __all__ = [
     "BASE_ADAPTER",
     "CONFIG_FILE",
     "PARTS",
+    "TINY_TALKER",
     "HubOptions",
     "PushOptions",
     "check_fingerprint",

@@ -22,6 +22,9 @@ PARTS = ("base", "encoder", "codec")
 BASE_ADAPTER = "base_adapter"
 PART_SUFFIXES = ("safetensors", "json", "jinja", "txt", "model")
 
+TINY_TALKER = Path(__file__).resolve().parents[1] / "assets" / "tiny_talker"
+"""Folder of the talker that comes with the package: small, trained on a world of some hundred words."""
+
 _MAX_JSON_BYTES = 1 << 20
 _MAX_JSON_DEPTH = 32
 
