@@ -5,7 +5,7 @@ that is done before: features, encoded blocks, and the LM's reading of the promp
 """
 
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Self
 
@@ -13,13 +13,11 @@ import torch
 from torch import Tensor
 
 from omni_adapter.audio.clips import Clips, Frames, Recording
-from omni_adapter.audio.codec import Codec
 from omni_adapter.audio.waveform import Samples, WaveformStream, read_waveform
-from omni_adapter.data.layout import AudioSpan, get_task
+from omni_adapter.data.layout import AudioSpan, Task, get_task
 from omni_adapter.data.processor import BEING_SPOKEN, Message, OmniProcessor, OpenPrompt, task_of
 from omni_adapter.errors import ConfigError, ContextOverflowError, PromptError
 from omni_adapter.generation.generator import Decoder, GenerationSettings
-from omni_adapter.generation.sampling import CodeAutomaton
 from omni_adapter.generation.state import DecodingState
 from omni_adapter.generation.streaming import Chunk, Rendering, stream_chunks
 from omni_adapter.hearing import Blocks, Hearing
@@ -66,7 +64,8 @@ class Session:
     Args:
         model: the model.
         processor: lays prompts out.
-        codec: decodes replies.
+        decoder: makes the loop for a task and settings.
+        rendering: makes what turns ids of a task and settings into text and sound.
         settings: how to hear and answer.
         messages: what was said before, with any system prompt.
 
@@ -83,11 +82,13 @@ class Session:
         model: OmniModel,
         *,
         processor: OmniProcessor,
-        codec: Codec,
+        decoder: Callable[[Task, GenerationSettings], Decoder],
+        rendering: Callable[[Task, GenerationSettings], Rendering],
         settings: SessionSettings,
         messages: Sequence[Message] = (),
     ) -> None:
-        self._model, self._processor, self._codec, self._settings = model, processor, codec, settings
+        self._model, self._processor, self._settings = model, processor, settings
+        self._make_decoder, self._make_rendering = decoder, rendering
         self.messages: list[Message] = []
         self._turn: _Turn | None = None
         self._answer: _Answer | None = None
@@ -193,7 +194,7 @@ class Session:
         state = reader.close()
         chunks = stream_chunks(
             reader.decoder.steps(state),
-            rendering=self._rendering(),
+            rendering=self._make_rendering(reader.decoder.task, self._settings.generation),
             num_conversations=1,
             started_s=started_s,
         )
@@ -247,26 +248,7 @@ class Session:
         self.messages += [answer.question, {"role": "assistant", "content": answer.text}]
 
     def _decoder(self, task: str) -> Decoder:
-        return Decoder(
-            self._model,
-            rules=self._processor.rules,
-            task=get_task(task),
-            text_end_ids=self._processor.config.text_end_ids,
-            settings=self._settings.generation,
-        )
-
-    def _rendering(self) -> Rendering:
-        generation = self._settings.generation
-        return Rendering(
-            tokenizer=self._processor.tokenizer,
-            text_end_ids=self._processor.config.text_end_ids,
-            codec=self._codec,
-            speaks=self._settings.speak,
-            rules=self._processor.rules,
-            stride=generation.stride,
-            seed=generation.seed,
-            lookahead_frames=generation.lookahead_frames,
-        )
+        return self._make_decoder(get_task(task), self._settings.generation)
 
     def _new_hearing(self) -> Hearing:
         settings = self._settings
@@ -459,8 +441,7 @@ class PromptReader:
         room = self._room if self._state is None else columns  # doubled where it did not suffice
         limit = self.decoder.model.backbone.max_positions
         if limit is not None:
-            least = CodeAutomaton.least_steps(self.decoder.rules.delays) if self.decoder.task.speaks else 1
-            room = max(0, min(room, limit - least - columns))
+            room = max(0, min(room, limit - self.decoder.least_steps - columns))
         return columns + room
 
     def _unread(self) -> tuple[Tensor, list[tuple[int, int, int]], list[Tensor]]:

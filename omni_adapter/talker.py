@@ -561,7 +561,8 @@ class OmniAdapter:
         return Session(
             self.model,
             processor=self.processor,
-            codec=self.codec,
+            decoder=self._decoder,
+            rendering=self._rendering,
             settings=SessionSettings(
                 speak,
                 tools,

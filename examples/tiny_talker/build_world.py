@@ -140,15 +140,26 @@ def dictation_rows(out: Path) -> Iterator[tuple[dict[str, object], Clip]]:
     for number, text in enumerate(world.dictations()):
         voice = voices.SEEN[number % len(voices.SEEN)]
         name = f"speech/dictation/{number:05d}.wav"
-        row = {"id": f"dictation-{number}", "voice": voice.name, "audio_in": name, "text_in": text}
-        yield {**row, "task": "asr"}, Clip(out / name, text, ("dictation", number), voice)
+        row: dict[str, object] = {
+            "id": f"dictation-{number}",
+            "task": "asr",
+            "voice": voice.name,
+            "audio_in": name,
+            "text_in": text,
+        }
+        yield row, Clip(out / name, text, ("dictation", number), voice)
 
 
 def written_rows() -> Iterator[dict[str, object]]:
     """Yield what the language model learned from: its text ability is kept by what made it."""
     for number, record in enumerate((*world.unspoken_wordings(), *world.long_counts())):
-        row = {"id": f"written-{number}", "text_in": record["question"], "text_out": record["answer"]}
-        yield {**row, "turns": record["turns"], "task": "text_to_text"}
+        yield {
+            "id": f"written-{number}",
+            "task": "text_to_text",
+            "text_in": record["question"],
+            "text_out": record["answer"],
+            "turns": record["turns"],
+        }
 
 
 def build(out: Path, *, renditions: int = 2, jobs: int = 1) -> None:

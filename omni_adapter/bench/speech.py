@@ -37,10 +37,9 @@ def compare_first_audio(workshop: Workshop) -> dict[str, Any]:
     settings = workshop.settings
     contestants: dict[str, Contestant] = {}
     waveform, rate = workshop.question()
-    split = []
     for name in workshop.references():
         reference = workshop.reference(name)
-        split.append({"mode": name, **_split(reference, waveform)})  # warms up too
+        _split(reference, waveform)  # warms up
         contestants[f"{name}/whole"] = timer(lambda r=reference: r.first_audio(waveform), workshop.device)  # type: ignore[misc]
     for mode in workshop.modes():
         contestants[f"{mode.name}/whole"] = whole = _whole(workshop, mode)

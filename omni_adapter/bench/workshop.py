@@ -43,7 +43,7 @@ from omni_adapter.bench.reference import (
 from omni_adapter.bench.running import running
 from omni_adapter.bench.timing import Contestant, stopwatch
 from omni_adapter.errors import ConfigError
-from omni_adapter.hub import PARTS
+from omni_adapter.hub import CONFIG_FILE, PARTS
 from omni_adapter.talker import OmniAdapter
 
 logger = logging.getLogger(__name__)
@@ -166,7 +166,7 @@ class Workshop:
 
     def prepare(self) -> None:
         """Save the talker with random weights, in bfloat16 as most are published, unless it is there."""
-        if not self.is_random or (Path(self.source) / "omni_config.json").is_file():
+        if not self.is_random or (Path(self.source) / CONFIG_FILE).is_file():
             return
         self.say(f"making a talker of {self.name} with random weights")
         talker = random_talker(SHAPES[self.name], dtype="bfloat16", tts=_TTS)

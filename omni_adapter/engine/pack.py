@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -152,18 +152,14 @@ def pack(model: OmniModel, precision: str = "auto", *, settings: PackSettings | 
     choice = choose_precision(precision, model.device)
     before = _bytes_of(model)
     model.requires_grad_(False).eval()
+    let_go(model)
+    _fold_lora(model.backbone)
     if model.device.type == "cpu":
         report = _Packer(model, choice, asked=precision, settings=settings).run()
     else:
         report = _cast_all(model, choice, asked=precision)
-    report = PackReport(
-        **{
-            **vars(report),
-            "bytes_before": before,
-            "bytes_after": _bytes_of(model),
-            "seconds": time.perf_counter() - started_s,
-        }
-    )
+    seconds = time.perf_counter() - started_s
+    report = replace(report, bytes_before=before, bytes_after=_bytes_of(model), seconds=seconds)
     logger.info("%s", report)
     return report
 
@@ -179,7 +175,6 @@ def _cast_all(model: OmniModel, choice: Choice, *, asked: str) -> PackReport:
     if precision == "int8":
         precision, reason = "bf16", "8 bits are for processors; an accelerator computes in bfloat16"
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
-    _fold_lora(model.backbone)
     model.to(dtype)
     return PackReport(precision, asked, reason, str(dtype).removeprefix("torch."))
 
@@ -196,7 +191,7 @@ class _Packer:
     """Packs one model on a processor.
 
     Args:
-        model: changed in place.
+        model: changed in place; its LoRA was added to the base's weights, where that can be.
         choice: of the precision.
         asked: what was asked for.
         settings: how to choose kernels.
@@ -207,15 +202,12 @@ class _Packer:
         self.selection = Selection(choice.precision, names=settings.kernels, budget_s=settings.budget_s)
         self.layers: list[PackedLayer] = []
         self.kept: dict[str, str] = {}
-        self.files = MappedFiles()
+        self.files = MappedFiles()  # of those that LoRA was not added to
         self._packed_bytes = 0
 
     def run(self) -> PackReport:
         """Pack, part by part and layer by layer."""
         model, backbone = self.model, self.model.backbone
-        let_go(model)
-        _fold_lora(backbone)
-        self.files = MappedFiles()  # of those that LoRA was not added to
         with self.files.released_after_use(model):
             backbone.settle()
             castings = {part.name: (part, cast(part)) for part in parts_of(model)}

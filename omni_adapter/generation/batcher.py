@@ -486,16 +486,10 @@ class Batcher:
         """Hand over what a step brought to one conversation, if it brought anything."""
         text = one.listener.write(one.token, last=one.reason is not None)
         audio = one.listener.end(one.sound) if one.reason else one.sound
-        if text or len(audio) or one.reason:
-            now_s = self.clock()
-            chunk = Chunk(
-                text,
-                audio.float().numpy(),
-                one.request.rendering.codec.spec.sampling_rate,
-                one.listener.steps - 1,
-                now_s - one.handle.submitted_s,
-                one.reason,
-            )
+        now_s = self.clock()
+        elapsed_s = now_s - one.handle.submitted_s
+        chunk = one.listener.chunk(text, audio, elapsed_s=elapsed_s, reason=one.reason)
+        if chunk is not None:
             one.handle._hand_over(chunk, now_s=now_s)
 
     def _forget(self, names: Sequence[int], error: BaseException | None) -> None:

@@ -116,12 +116,16 @@ class Decoder:
         self._text_end = text_end_ids[0] if len(text_end_ids) == 1 else None
         # Where the host only queues work, the next pass is queued before the ids of this step are waited for.
         self.runs_ahead = model.device.type != "cpu"
-        least = CodeAutomaton.least_steps(rules.delays)
-        if task.speaks and settings.max_new_tokens < least:
+        if settings.max_new_tokens < self.least_steps:
             raise ConfigError(
-                f"max_new_tokens must be at least {least} for speech with delays {rules.delays}, "
+                f"max_new_tokens must be at least {self.least_steps} for speech with delays {rules.delays}, "
                 f"got {settings.max_new_tokens}"
             )
+
+    @property
+    def least_steps(self) -> int:
+        """Steps that a reply takes at least: in speech, those in which every code row can end."""
+        return CodeAutomaton.least_steps(self.rules.delays) if self.task.speaks else 1
 
     @property
     def splits_rows(self) -> bool:
@@ -582,12 +586,11 @@ class Decoder:
     def _check_context(self, prompt_steps: int) -> None:
         """Refuse prompts that leave no room for a reply."""
         limit = self.model.backbone.max_positions
-        least = CodeAutomaton.least_steps(self.rules.delays) if self.task.speaks else 1
-        if limit is not None and prompt_steps + least > limit:
+        if limit is not None and prompt_steps + self.least_steps > limit:
             raise ContextOverflowError(
                 f"the prompt takes {prompt_steps} steps and the base LM knows {limit} positions, which "
-                f"leaves no room for a reply of at least {least}; use a shorter recording, fewer turns, or "
-                "a larger audio_adapter.stack"
+                f"leaves no room for a reply of at least {self.least_steps}; use a shorter recording, fewer "
+                "turns, or a larger audio_adapter.stack"
             )
 
     def columns(self, prompt_steps: int, *, padding: int = 0) -> int:

@@ -252,14 +252,17 @@ class Rendering:
                 lookahead_frames=self.lookahead_frames,
             )
         hidden_ids = frozenset((*self.text_end_ids, self.rules.no_text))
-        return Listener(TextStream(self.tokenizer), voice, hidden_ids)
+        rate = self.codec.spec.sampling_rate
+        return Listener(TextStream(self.tokenizer), voice, hidden_ids, sampling_rate=rate)
 
 
 class Listener:
     """Text and sound of one conversation."""
 
-    def __init__(self, text: TextStream, voice: Voice | None, hidden_ids: frozenset[int]) -> None:
-        self.text, self.voice, self.hidden_ids = text, voice, hidden_ids
+    def __init__(
+        self, text: TextStream, voice: Voice | None, hidden_ids: frozenset[int], *, sampling_rate: int
+    ) -> None:
+        self.text, self.voice, self.hidden_ids, self.sampling_rate = text, voice, hidden_ids, sampling_rate
         self.steps = 0
 
     def take(self, token: int, codes: Tensor, *, last: bool) -> tuple[str, Tensor]:
@@ -278,6 +281,15 @@ class Listener:
         """Return the sound of the last step, with the rest that follows."""
         return torch.cat((audio, self.voice.finish())) if self.voice else audio
 
+    def chunk(
+        self, text: str, audio: Tensor, *, elapsed_s: float, reason: FinishReason | None
+    ) -> Chunk | None:
+        """Return what a step brought, None if it brought nothing."""
+        if not (text or len(audio) or reason):
+            return None
+        samples = audio.float().numpy()
+        return Chunk(text, samples, self.sampling_rate, self.steps - 1, elapsed_s, reason)
+
 
 def stream_chunks(
     steps: Generator[Step, None, None], *, rendering: Rendering, num_conversations: int, started_s: float
@@ -291,14 +303,13 @@ def stream_chunks(
         started_s: ``time.perf_counter()`` when the question was handed over.
     """
     listeners = [rendering.listener() for _ in range(num_conversations)]
-    sampling_rate = rendering.codec.spec.sampling_rate
     with closing(steps):
         for step in steps:
             tokens, codes = step.text.tolist(), step.codes.cpu()
             for place, (index, reason) in enumerate(zip(step.conversations, step.finished, strict=True)):
                 listener = listeners[index]
                 text, audio = listener.take(tokens[place], codes[place], last=reason is not None)
-                if text or len(audio) or reason:
-                    samples = audio.float().numpy()
-                    elapsed_s = time.perf_counter() - started_s
-                    yield index, Chunk(text, samples, sampling_rate, listener.steps - 1, elapsed_s, reason)
+                elapsed_s = time.perf_counter() - started_s
+                chunk = listener.chunk(text, audio, elapsed_s=elapsed_s, reason=reason)
+                if chunk is not None:
+                    yield index, chunk
