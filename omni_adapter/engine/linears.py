@@ -101,10 +101,13 @@ class Siblings:
     Args:
         product: of the weights one below the other.
         sizes: outputs of each sibling.
+        in_order: whether they are known to be asked one after another, without a change of their input in
+            between. Tensors of inference mode, which do not tell whether they were changed, are shared only
+            so: from the first that is asked to the last.
     """
 
-    def __init__(self, product: Product, sizes: Sequence[int]) -> None:
-        self._product, self._sizes = product, tuple(sizes)
+    def __init__(self, product: Product, sizes: Sequence[int], *, in_order: bool = False) -> None:
+        self._product, self._sizes, self._in_order = product, tuple(sizes), in_order
         self._held: _Held | None = None  # replaced as a whole, so that threads cannot mix two answers
 
     def member(self, index: int) -> Product:
@@ -114,13 +117,17 @@ class Siblings:
 
         def product(x: Tensor) -> Tensor:
             held = self._held
-            if x.is_inference():  # whether it was changed in between cannot be told
-                return self._product(x)[..., start:end]
-            if held is not None and held.x is x and held.version == x._version:
+            if x.is_inference():
+                if not self._in_order:
+                    return self._product(x)[..., start:end]
+                version, is_same = 0, index > 0
+            else:
+                version, is_same = x._version, True
+            if is_same and held is not None and held.x is x and held.version == version:
                 answers = held.answers
             else:
                 answers = self._product(x)
-                held = _Held(x, x._version, answers)
+                held = _Held(x, version, answers)
                 self._held = held if index == 0 else self._held
             if is_last:
                 self._held = None

@@ -271,7 +271,7 @@ class _Packer:
             self.layers.append(record)  # the layer itself is this kernel
             return
         kernel = self._make(kind, part, names)
-        siblings = Siblings(kernel, [one.outputs for one in shapes])
+        siblings = Siblings(kernel, [one.outputs for one in shapes], in_order=True)
         for index, (name, weight) in enumerate(zip(names, weights, strict=True)):
             layer = PackedLinear(
                 siblings.member(index) if len(names) > 1 else kernel,

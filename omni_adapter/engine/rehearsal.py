@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -89,7 +89,7 @@ def cast(part: Part, *, fuse: bool = True) -> Casting:
             found.kept[name] = "quantised already"
     layers = {name: module for name, module in layers.items() if name not in found.kept}
     calls, found.outputs = _watch(part, layers)
-    called = {_role(name) for name, _ in calls}
+    called = {_role(call.name) for call in calls}
     for name in [name for name in layers if _role(name) not in called]:
         found.kept[name] = "its parent does not call it"
         del layers[name]
@@ -119,14 +119,24 @@ def _role(name: str) -> str:
     return re.sub(r"(?<![^.])\d+(?![^.])", "#", name)
 
 
-def _watch(
-    part: Part, layers: Mapping[str, nn.Module]
-) -> tuple[list[tuple[str, Tensor]], tuple[Tensor, ...]]:
-    """Run a part; return the calls of its layers in order, with the input of each, and what came out."""
-    calls: list[tuple[str, Tensor]] = []
+class _Call(NamedTuple):
+    """A call of a layer: its name, what it got, and how often that had been changed in place."""
+
+    name: str
+    x: Tensor
+    version: int
+
+
+def _watch(part: Part, layers: Mapping[str, nn.Module]) -> tuple[list[_Call], tuple[Tensor, ...]]:
+    """Run a part; return the calls of its layers in order, and what came out."""
+    calls: list[_Call] = []
 
     def note(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        return lambda module, inputs: calls.append((name, inputs[0])) if inputs else None
+        def add(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            if inputs:
+                calls.append(_Call(name, inputs[0], 0 if inputs[0].is_inference() else inputs[0]._version))
+
+        return add
 
     with ExitStack() as stack:
         for name, module in layers.items():
@@ -135,22 +145,23 @@ def _watch(
     return calls, outputs
 
 
-def _groups(calls: Sequence[tuple[str, Tensor]], layers: Mapping[str, nn.Module]) -> list[tuple[str, ...]]:
+def _groups(calls: Sequence[_Call], layers: Mapping[str, nn.Module]) -> list[tuple[str, ...]]:
     """Layers of one parent that get the same input one after another, and the others alone."""
     runs: list[list[str]] = []
-    last: tuple[str, Tensor] | None = None
-    for name, x in calls:
+    last: _Call | None = None
+    for call in calls:
         together = (
             last is not None
-            and last[1] is x
-            and last[0].rpartition(".")[0] == name.rpartition(".")[0]
-            and last[0] != name
+            and last.x is call.x
+            and last.version == call.version
+            and last.name.rpartition(".")[0] == call.name.rpartition(".")[0]
+            and last.name != call.name
         )
         if together:
-            runs[-1].append(name)
+            runs[-1].append(call.name)
         else:
-            runs.append([name])
-        last = name, x
+            runs.append([call.name])
+        last = call
     seen = Counter(tuple(run) for run in runs)
     of_layer: dict[str, set[tuple[str, ...]]] = {}
     for run in seen:

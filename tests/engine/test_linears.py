@@ -76,6 +76,23 @@ def test_inference_tensors_are_right_too():
         world.assert_right(1, x)
 
 
+def test_siblings_that_are_known_to_follow_share_a_product_in_inference_mode():
+    world = Counted()
+    siblings = Siblings(world, (2, 3, 4), in_order=True)
+    world.members = [siblings.member(index) for index in range(3)]
+    with torch.inference_mode():
+        x = torch.randn(2, 5)
+        for index in range(3):
+            world.assert_right(index, x)
+        assert world.calls == 1
+        assert siblings._held is None
+        world.assert_right(0, x)
+        x.mul_(2)  # a pass broke off; the next begins with the first
+        for index in range(3):
+            world.assert_right(index, x)
+    assert world.calls == 3
+
+
 @torch.no_grad()
 def test_followers_alone_and_first_again_are_right():
     world, x = Counted(), torch.randn(2, 5)
