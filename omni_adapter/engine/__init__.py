@@ -9,6 +9,10 @@ of torch do the work; no model family is known. Knows nothing of decoding.
     precision.py  what was asked for and what the machine has
     memory.py     pages of mapped checkpoints, given back after use
     rehearsal.py  which layers others can stand in for
+    compiling.py  C sources, compiled by the compiler that is there
+    glue.py       what lies between the products of a step, each in one call
+    quick.py      a layer's step: its products and those calls
+    recognise.py  which layers compute just that
     pack.py       ``pack``, which puts them together
 
 A file imports from those above it.

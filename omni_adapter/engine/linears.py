@@ -27,6 +27,7 @@ class PackedLinear(nn.Module):
         label: what it was packed as, for messages.
         bias: of that layer, which the product adds.
         kernel: what holds the weight, maybe with others'.
+        siblings: those whose weights it holds; None if it holds this one alone.
     """
 
     def __init__(
@@ -38,12 +39,14 @@ class PackedLinear(nn.Module):
         label: str,
         bias: Tensor | None = None,
         kernel: Kernel | None = None,
+        siblings: "Siblings | None" = None,
     ) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.bias = None if bias is None else bias.detach()
         self.label = label
         self.kernel = kernel
+        self.siblings = siblings
         self._product = product
         self._stand_in = torch.full((1, 1), torch.nan, dtype=dtype, device=weight.device)
         self.training = False
@@ -104,10 +107,14 @@ class Siblings:
         in_order: whether they are known to be asked one after another, without a change of their input in
             between. Tensors of inference mode, which do not tell whether they were changed, are shared only
             so: from the first that is asked to the last.
+
+    Attributes:
+        size: outputs of all.
     """
 
     def __init__(self, product: Product, sizes: Sequence[int], *, in_order: bool = False) -> None:
-        self._product, self._sizes, self._in_order = product, tuple(sizes), in_order
+        self.product, self.size = product, sum(sizes)
+        self._sizes, self._in_order = tuple(sizes), in_order
         self._held: _Held | None = None  # replaced as a whole, so that threads cannot mix two answers
 
     def member(self, index: int) -> Product:
@@ -119,14 +126,14 @@ class Siblings:
             held = self._held
             if x.is_inference():
                 if not self._in_order:
-                    return self._product(x)[..., start:end]
+                    return self.product(x)[..., start:end]
                 version, is_same = 0, index > 0
             else:
                 version, is_same = x._version, True
             if is_same and held is not None and held.x is x and held.version == version:
                 answers = held.answers
             else:
-                answers = self._product(x)
+                answers = self.product(x)
                 held = _Held(x, version, answers)
                 self._held = held if index == 0 else self._held
             if is_last:

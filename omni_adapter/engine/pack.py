@@ -20,6 +20,7 @@ from omni_adapter.engine.kernels import Kernel
 from omni_adapter.engine.linears import PackedLinear, Siblings
 from omni_adapter.engine.memory import MappedFiles, let_go, trim
 from omni_adapter.engine.precision import Choice, choose_precision
+from omni_adapter.engine.recognise import quicken
 from omni_adapter.engine.rehearsal import (
     Casting,
     Part,
@@ -84,6 +85,8 @@ class PackReport:
         activations: type of everything between the products.
         layers: what was packed.
         kept: layers that stay as they were, by name, and why.
+        quick: blocks of layers whose single steps go by a formula that was found to be theirs, with one call
+            for all that lies between two products.
         bytes_before: memory of all weights before.
         bytes_after: and after.
         errors: by what comes out (``text``, ``codes``, ``hearing``), how far it is from the unpacked model on
@@ -97,6 +100,7 @@ class PackReport:
     activations: str
     layers: tuple[PackedLayer, ...] = ()
     kept: Mapping[str, str] = field(default_factory=dict)
+    quick: int = 0
     bytes_before: int = 0
     bytes_after: int = 0
     errors: Mapping[str, float] = field(default_factory=dict)
@@ -116,7 +120,8 @@ class PackReport:
         errors = ", ".join(f"{name} {error:.2g}" for name, error in self.errors.items())
         return (
             f"precision {self.precision} ({self.asked}: {self.reason}); {kernels}; {len(self.kept)} layers "
-            f"kept; weights {self.bytes_before / 1e6:.0f} -> {self.bytes_after / 1e6:.0f} MB; off by {errors}"
+            f"kept; {self.quick} blocks quick; "
+            f"weights {self.bytes_before / 1e6:.0f} -> {self.bytes_after / 1e6:.0f} MB; off by {errors}"
         )
 
 
@@ -225,6 +230,7 @@ class _Packer:
         widen(model, dtype=activations, but=tables)
         self._narrow_table(activations)
         backbone.activation_dtype = activations
+        quick = quicken(model) if activations == torch.float32 else 0
         errors = {
             _OUTPUTS[name]: max(map(relative_error, part.run(), casting.outputs))
             for name, (part, casting) in castings.items()
@@ -238,6 +244,7 @@ class _Packer:
             str(activations).removeprefix("torch."),
             tuple(self.layers),
             self.kept,
+            quick=quick,
             errors=errors,
         )
 
@@ -280,6 +287,7 @@ class _Packer:
                 label=self.choice.precision,
                 bias=linear_bias(part.root.get_submodule(name)),
                 kernel=kernel,
+                siblings=siblings if len(names) > 1 else None,
             )
             replace_module(part.root, name, layer)
             self.files.release(weight)

@@ -5,6 +5,7 @@ Hidden states in, hidden states out: [B, S, D] -> [B, S, D]. Knows nothing of LM
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -113,8 +114,27 @@ def attention_bias(attention_mask: Tensor | None, *, steps: int, past: int) -> T
     return ((key <= query) & attention_mask[:, None, None].bool()) | (key == query)
 
 
+class QuickStep(Protocol):
+    """A quicker way to a block's output in a single step."""
+
+    def __call__(
+        self,
+        hidden: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        *,
+        bias: Tensor | None,
+        cache: TtsCache,
+        index: int,
+    ) -> Tensor | None:
+        """Return what ``TtsBlock`` returns, or None, having done nothing, where it cannot."""
+
+
 class TtsBlock(nn.Module):
-    """Pre-norm attention with rotary positions, then SwiGLU."""
+    """Pre-norm attention with rotary positions, then SwiGLU.
+
+    Attributes:
+        quick: how single steps are run, if not like all others.
+    """
 
     def __init__(
         self,
@@ -127,6 +147,7 @@ class TtsBlock(nn.Module):
         qkv_bias: bool = False,
     ) -> None:
         super().__init__()
+        self.quick: QuickStep | None = None
         self.head_width = width // heads
         self.attention_norm = nn.RMSNorm(width, eps=norm_eps)
         self.query = nn.Linear(width, width, bias=qkv_bias)
@@ -158,6 +179,10 @@ class TtsBlock(nn.Module):
             cache: keys and values of earlier steps; these steps are stored in it.
             index: which block of the cache this is.
         """
+        if self.quick is not None and cache is not None and hidden.shape[1] == 1:
+            output = self.quick(hidden, rotation, bias=bias, cache=cache, index=index)
+            if output is not None:
+                return output
         normed = self.attention_norm(hidden)
         query, key, value = (
             projection(normed).unflatten(-1, (-1, self.head_width)).transpose(1, 2)

@@ -1,0 +1,131 @@
+"""C sources of the package, compiled for this machine by the compiler that it has.
+
+A source file in; a loaded library out, or None, which is logged, where no compiler is found or none
+succeeds. What was compiled is kept in the user's cache folder under the fingerprint of everything that it
+depends on, so that it takes a second once. Threads are those of torch: its own runtime is linked, no other is
+started. Knows nothing of what the sources compute.
+"""
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+_COMPILERS = ("cc", "gcc", "clang")
+_ALWAYS = ("-std=gnu11", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
+_TRIED = (("-march=native", "-fopenmp"), ("-march=native",), ("-fopenmp",), ())
+"""Flags that not every compiler knows, the most wanted first."""
+
+_SECONDS = 120  # a compiler that takes longer is taken for broken
+
+
+@cache
+def compiled(source: Path) -> ctypes.CDLL | None:
+    """Return the library made from a C source, None where it cannot be made."""
+    compiler = find_compiler()
+    if compiler is None:
+        logger.info("no C compiler here, so that %s is not used; steps go on without", source.name)
+        return None
+    try:
+        built = _built(source, compiler)
+        return None if built is None else ctypes.CDLL(str(built))
+    except (OSError, subprocess.SubprocessError) as error:
+        logger.info("%s cannot be compiled or loaded, steps go on without: %s", source.name, error)
+        return None
+
+
+def find_compiler() -> str | None:
+    """Return the C compiler of this machine: what the variable ``CC`` names, or the usual ones."""
+    named = os.environ.get("CC")
+    found = (shutil.which(name) for name in ((named,) if named else _COMPILERS))
+    return next((path for path in found if path), None)
+
+
+def cache_folder() -> Path:
+    """Return the folder in which libraries are kept."""
+    root = os.environ.get("XDG_CACHE_HOME")
+    return (Path(root) if root else Path.home() / ".cache") / "omni_adapter" / "native"
+
+
+def _built(source: Path, compiler: str) -> Path | None:
+    """The library's file, compiled if it is not there yet."""
+    name = f"{source.stem}-{_fingerprint(source, compiler)}.so"
+    folder = cache_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if (folder / name).exists():
+            return folder / name
+        scratch = tempfile.mkdtemp(dir=folder)
+    except OSError:  # nowhere to keep it: it is compiled each time
+        folder = Path(tempfile.mkdtemp())
+        scratch = tempfile.mkdtemp(dir=folder)
+    try:
+        made = _compile(source, compiler, Path(scratch))
+        if made is None:
+            return None
+        os.replace(made, folder / name)  # whole or not at all, whoever else compiles it now
+        return folder / name
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _fingerprint(source: Path, compiler: str) -> str:
+    """Of everything that a library depends on."""
+    version = subprocess.run(
+        [compiler, "--version"], capture_output=True, timeout=_SECONDS, check=True
+    ).stdout
+    parts = (
+        source.read_bytes(),
+        compiler.encode(),
+        version,
+        _processor().encode(),
+        repr((_ALWAYS, _TRIED, torch.__version__, torch.__file__)).encode(),
+    )
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:24]
+
+
+def _processor() -> str:
+    """What tells apart processors that run different instructions; a cache may be shared by machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    told = ("model name", "flags", "features", "cpu part")
+    return "\n".join(sorted({line for line in lines if line.lower().startswith(told)}))
+
+
+def _compile(source: Path, compiler: str, folder: Path) -> Path | None:
+    """Compile with the first flags that work; None if none do."""
+    unit, library, said = folder / "unit.o", folder / "library.so", ""
+    for flags in _TRIED:
+        runtime = _thread_runtime() if "-fopenmp" in flags else ()
+        commands: tuple[Sequence[str], ...] = (
+            (compiler, *_ALWAYS, *flags, "-c", str(source), "-o", str(unit)),
+            (compiler, "-shared", str(unit), "-o", str(library), *runtime, "-lm"),
+        )
+        for command in commands:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
+            said = done.stderr.strip()
+            if done.returncode:
+                break
+        else:
+            return library
+    logger.info("%s was not compiled by %s, steps go on without: %s", source.name, compiler, said[-300:])
+    return None
+
+
+def _thread_runtime() -> tuple[str, ...]:
+    """What links the thread runtime that torch brought along, or the compiler's own if it brought none."""
+    own = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
+    return (str(own[0]),) if own else ("-fopenmp",)
