@@ -10,7 +10,8 @@
 #include <string.h>
 
 #define INLINE static inline __attribute__((always_inline))
-#define LEAST_WORK (1 << 19) /* multiplications for which a second thread pays */
+#define LEAST_WORK (1 << 19)  /* multiplications for which a second thread pays */
+#define LEAST_GATES (1 << 15) /* and gates */
 
 /* e^x within two units in the last place, in operations that compilers turn into vectors. */
 INLINE float exponential(float x)
@@ -230,22 +231,25 @@ int omni_attend(const float *query, long query_row, const float *keys, long key_
 void omni_gate(const float *gate, const float *up, long stride, float *out, long rows, long width,
                long activation)
 {
-    for (long row = 0; row < rows; row++, gate += stride, up += stride, out += width) {
+#pragma omp parallel for schedule(static) if (rows > 1 && rows * width > LEAST_GATES)
+    for (long row = 0; row < rows; row++) {
+        const float *opening = gate + row * stride, *coming = up + row * stride;
+        float *going = out + row * width;
         if (activation == 0) {
 #pragma omp simd
             for (long i = 0; i < width; i++)
-                out[i] = gate[i] / (1.0f + exponential(-gate[i])) * up[i];
+                going[i] = opening[i] / (1.0f + exponential(-opening[i])) * coming[i];
         } else if (activation == 1) {
 #pragma omp simd
             for (long i = 0; i < width; i++) {
-                float x = gate[i];
+                float x = opening[i];
                 float inner = 1.5957691216057308f * (x + 0.044715f * x * x * x);
-                out[i] = x / (1.0f + exponential(-inner)) * up[i];
+                going[i] = x / (1.0f + exponential(-inner)) * coming[i];
             }
         } else {
 #pragma omp simd
             for (long i = 0; i < width; i++)
-                out[i] = (gate[i] > 0 ? gate[i] : 0) * up[i];
+                going[i] = (opening[i] > 0 ? opening[i] : 0) * coming[i];
         }
     }
 }

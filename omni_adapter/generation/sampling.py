@@ -17,6 +17,8 @@ from omni_adapter.vocab import CodeVocabulary
 
 _UNKNOWN = -1  # number of frames of an answer whose end has not been decided
 _NUCLEUS = 1 << 8  # most likely ids among which those of top_p are looked for first
+_BLOCK = 1 << 9  # logits among which the largest is looked for at a time
+_LEAST_BLOCKS = 1 << 5
 _ROUNDING = 1e-5  # of sums of probabilities
 
 
@@ -76,7 +78,7 @@ def sample(logits: Tensor, settings: SamplingSettings, *, uniform: Tensor | None
             Drawing them outside keeps a conversation's draws the same alone and in a batch.
     """
     if settings.is_greedy or settings.top_k == 1:
-        return logits.argmax(dim=-1)
+        return most_likely(logits)
     assert uniform is not None
     probabilities, ids = _probabilities(logits.float() / settings.temperature, settings)
     if settings.top_p < 1:
@@ -88,6 +90,27 @@ def sample(logits: Tensor, settings: SamplingSettings, *, uniform: Tensor | None
     drawn = torch.searchsorted(cumulative, uniform.to(cumulative)[:, None] * total, right=True)  # [R, 1]
     drawn = drawn.minimum((cumulative < total).sum(dim=-1, keepdim=True))  # the last one that is possible
     return (drawn if ids is None else ids.gather(-1, drawn))[:, 0]
+
+
+def most_likely(logits: Tensor) -> Tensor:
+    """Return the id of the largest logit of each row, int64 [R]; of equals, the lowest id.
+
+    Args:
+        logits: [R, V].
+    """
+    rows, size = logits.shape
+    count = size // _BLOCK
+    if count < _LEAST_BLOCKS or logits.device.type != "cpu":
+        return logits.argmax(dim=-1)
+    # The largest is found much quicker than where it lies, which is then looked for in one block.
+    blocks = logits[:, : count * _BLOCK].view(rows, count, _BLOCK)
+    first = blocks.amax(dim=-1).argmax(dim=-1)  # [R]
+    index = torch.arange(rows)
+    found: Tensor = first * _BLOCK + blocks[index, first].argmax(dim=-1)
+    if size == count * _BLOCK:
+        return found
+    last = size - _BLOCK + logits[:, -_BLOCK:].argmax(dim=-1)  # what it overlaps with wins where it is equal
+    return torch.where(logits[index, last] > logits[index, found], last, found)
 
 
 def _probabilities(scores: Tensor, settings: SamplingSettings) -> tuple[Tensor, Tensor | None]:

@@ -5,7 +5,14 @@ from hypothesis import strategies as st
 
 from omni_adapter.audio.delay import delay_codes
 from omni_adapter.errors import ConfigError
-from omni_adapter.generation.sampling import CodeAutomaton, FreeRows, SamplingSettings, penalise, sample
+from omni_adapter.generation.sampling import (
+    CodeAutomaton,
+    FreeRows,
+    SamplingSettings,
+    most_likely,
+    penalise,
+    sample,
+)
 from omni_adapter.vocab import CodeVocabulary
 
 VOCABULARY = CodeVocabulary(8)
@@ -171,3 +178,14 @@ def test_of_equally_likely_ids_the_lower_come_first():
     sampling = SamplingSettings(do_sample=True, top_k=3)
     logits = torch.tensor([[0.0, 5.0, 5.0, 5.0, 1.0]]).expand(3, -1)
     assert sample(logits, sampling, uniform=torch.tensor([0.1, 0.5, 0.9])).tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize("size", [5, 512 * 32, 512 * 32 + 1, 512 * 40 - 3])
+@pytest.mark.parametrize("values", [2, 1000])
+def test_the_most_likely_id_is_the_first_of_the_largest(size, values):
+    generator = torch.Generator().manual_seed(size)
+    logits = torch.randint(values, (6, size), generator=generator).float()
+    logits[1] = -torch.inf
+    logits[2, -1] = logits[3, 0] = values
+    logits[4, :-1] = -torch.inf
+    assert torch.equal(most_likely(logits), logits.argmax(dim=-1))
