@@ -1,9 +1,9 @@
 """C sources of the package, compiled for this machine by the compiler that it has.
 
 A source file in; a loaded library out, or None, which is logged, where no compiler is found or none
-succeeds. What was compiled is kept in the user's cache folder under the fingerprint of everything that it
-depends on, so that it takes a second once. Threads are those of torch: its own runtime is linked, no other is
-started. Knows nothing of what the sources compute.
+succeeds, or where the variable ``OMNI_ADAPTER_NATIVE`` is 0. What was compiled is kept in the user's cache
+folder under the fingerprint of everything that it depends on, so that it takes a second once. Threads are
+those of torch: its own runtime is linked, no other is started. Knows nothing of what the sources compute.
 """
 
 import ctypes
@@ -27,22 +27,28 @@ _ALWAYS = ("-std=gnu11", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math"
 _TRIED = (("-march=native", "-fopenmp"), ("-march=native",), ("-fopenmp",), ())
 """Flags that not every compiler knows, the most wanted first."""
 
+_FORBIDDEN = "OMNI_ADAPTER_NATIVE"
 _SECONDS = 120  # a compiler that takes longer is taken for broken
+
+
+_failures: dict[Path, str] = {}
+"""Why a source was not compiled."""
 
 
 @cache
 def compiled(source: Path) -> ctypes.CDLL | None:
     """Return the library made from a C source, None where it cannot be made."""
-    compiler = find_compiler()
-    if compiler is None:
-        logger.info("no C compiler here, so that %s is not used; steps go on without", source.name)
-        return None
     try:
-        built = _built(source, compiler)
-        return None if built is None else ctypes.CDLL(str(built))
-    except (OSError, subprocess.SubprocessError) as error:
-        logger.info("%s cannot be compiled or loaded, steps go on without: %s", source.name, error)
+        return ctypes.CDLL(str(_built(source)))
+    except (_NotCompiledError, OSError, subprocess.SubprocessError) as error:
+        _failures[source] = str(error)
+        logger.info("%s is not used, steps go on without: %s", source.name, error)
         return None
+
+
+def why_not(source: Path) -> str:
+    """Return why a C source cannot be used here, empty if it can."""
+    return _failures[source] if compiled(source) is None else ""
 
 
 def find_compiler() -> str | None:
@@ -58,8 +64,17 @@ def cache_folder() -> Path:
     return (Path(root) if root else Path.home() / ".cache") / "omni_adapter" / "native"
 
 
-def _built(source: Path, compiler: str) -> Path | None:
+class _NotCompiledError(Exception):
+    """Nothing can be compiled here, or not this."""
+
+
+def _built(source: Path) -> Path:
     """The library's file, compiled if it is not there yet."""
+    if os.environ.get(_FORBIDDEN) == "0":
+        raise _NotCompiledError(f"{_FORBIDDEN}=0 forbids it")
+    compiler = find_compiler()
+    if compiler is None:
+        raise _NotCompiledError(f"no C compiler here: none of {', '.join(_COMPILERS)}, nor what CC names")
     name = f"{source.stem}-{_fingerprint(source, compiler)}.so"
     folder = cache_folder()
     try:
@@ -72,8 +87,6 @@ def _built(source: Path, compiler: str) -> Path | None:
         scratch = tempfile.mkdtemp(dir=folder)
     try:
         made = _compile(source, compiler, Path(scratch))
-        if made is None:
-            return None
         os.replace(made, folder / name)  # whole or not at all, whoever else compiles it now
         return folder / name
     finally:
@@ -105,8 +118,8 @@ def _processor() -> str:
     return "\n".join(sorted({line for line in lines if line.lower().startswith(told)}))
 
 
-def _compile(source: Path, compiler: str, folder: Path) -> Path | None:
-    """Compile with the first flags that work; None if none do."""
+def _compile(source: Path, compiler: str, folder: Path) -> Path:
+    """Compile with the first flags that work."""
     unit, library, said = folder / "unit.o", folder / "library.so", ""
     for flags in _TRIED:
         runtime = _thread_runtime() if "-fopenmp" in flags else ()
@@ -121,8 +134,13 @@ def _compile(source: Path, compiler: str, folder: Path) -> Path | None:
                 break
         else:
             return library
-    logger.info("%s was not compiled by %s, steps go on without: %s", source.name, compiler, said[-300:])
-    return None
+    raise _NotCompiledError(f"{compiler} did not compile it: {_first_error(said)}")
+
+
+def _first_error(said: str) -> str:
+    """The line in which a compiler tells what is wrong."""
+    lines = said.splitlines() or ["it said nothing"]
+    return next((line for line in lines if "error" in line.lower()), lines[0])
 
 
 def _thread_runtime() -> tuple[str, ...]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from omni_adapter.engine import compiling
-from omni_adapter.engine.compiling import cache_folder, compiled, find_compiler
+from omni_adapter.engine.compiling import cache_folder, compiled, find_compiler, why_not
 from omni_adapter.engine.glue import glue
 
 needs_compiler = pytest.mark.skipif(find_compiler() is None, reason="no C compiler here")
@@ -53,7 +53,7 @@ def test_a_source_is_compiled_once_and_anew_when_it_changed(tmp_path, monkeypatc
 def test_a_source_that_does_not_compile_is_done_without_and_said(tmp_path, caplog):
     with caplog.at_level(logging.INFO, logger="omni_adapter"):
         assert compiled(source_of(tmp_path, "this is no C;")) is None
-    assert "was not compiled" in caplog.text
+    assert "did not compile it" in caplog.text
     assert "error" in caplog.text
     assert not list(cache_folder().iterdir())
 
@@ -63,7 +63,29 @@ def test_without_a_working_compiler_steps_go_on(tmp_path, monkeypatch, caplog, n
     monkeypatch.setenv("CC", named)
     with caplog.at_level(logging.INFO, logger="omni_adapter"):
         assert compiled(source_of(tmp_path, SOURCE)) is None
-    assert "steps go on without" in caplog.text or "is not used; steps go on without" in caplog.text
+    assert "steps go on without" in caplog.text
+    assert named in why_not(tmp_path / "answer.c") or "no C compiler" in why_not(tmp_path / "answer.c")
+
+
+@needs_compiler
+def test_compiling_can_be_forbidden(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMNI_ADAPTER_NATIVE", "0")
+    source = source_of(tmp_path, SOURCE)
+    assert compiled(source) is None
+    assert why_not(source) == "OMNI_ADAPTER_NATIVE=0 forbids it"
+    monkeypatch.delenv("OMNI_ADAPTER_NATIVE")
+    compiled.cache_clear()
+    assert why_not(source) == ""
+
+
+@needs_compiler
+def test_a_library_that_cannot_be_loaded_is_done_without(tmp_path):
+    source = source_of(tmp_path, SOURCE)
+    compiled(source)
+    next(cache_folder().iterdir()).write_bytes(b"cut off")
+    compiled.cache_clear()
+    assert compiled(source) is None
+    assert why_not(source)
 
 
 @needs_compiler

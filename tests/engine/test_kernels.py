@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from omni_adapter.engine import kernels
+from omni_adapter.engine import kernels, products
 from omni_adapter.engine.kernels import KERNELS, Kernel, RowwiseInt8, allowed, quantise_rows, why_not
 from omni_adapter.engine.selection import Selection, Shape
 from omni_adapter.errors import ConfigError
@@ -62,6 +62,72 @@ def test_a_row_in_8_bits_comes_out_as_it_does_alone():
     for index in range(4):
         assert torch.equal(kernel(rows[index : index + 1]), together[index : index + 1])
     torch.testing.assert_close(together[3], kernel.bias)
+
+
+TILED = [kernel for kernel in USABLE if kernel.name.startswith("tiled")]
+
+
+@pytest.mark.parametrize("kernel", TILED, ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize(
+    ("outputs", "inputs"), [(1, 1), (16, 64), (17, 65), (131, 300), (40, 31), (530, 600)]
+)
+@torch.no_grad()
+def test_tiles_of_any_shape_multiply_any_number_of_rows_each_as_it_does_alone(kernel, outputs, inputs):
+    torch.manual_seed(0)
+    weight, bias = torch.randn(outputs, inputs), torch.randn(outputs)
+    rows = torch.randn(70, inputs)
+    made = kernel(weight, bias)
+    alone = torch.cat([made(row[None]) for row in rows])
+    assert relative(alone, F.linear(rows, weight, bias)) <= kernel.tolerance
+    for count in (*range(1, 10), 17, 33, 70):
+        assert torch.equal(made(rows[:count]), alone[:count]), f"{count} rows"
+
+
+@pytest.mark.parametrize("kernel", TILED, ids=lambda kernel: kernel.name)
+@torch.no_grad()
+def test_tiles_multiply_what_is_not_contiguous_and_no_rows_at_all(kernel):
+    torch.manual_seed(0)
+    made, x = kernel(torch.randn(48, 64), None), torch.randn(64, 5)
+    assert torch.equal(made(x.T), made(x.T.contiguous()))
+    assert made(x.T[:0]).shape == (0, 48)
+
+
+@pytest.mark.parametrize("kernel", TILED, ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize("broken", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("count", [2, 20])
+@torch.no_grad()
+def test_a_row_that_is_not_finite_spoils_no_other(kernel, broken, count):
+    torch.manual_seed(0)
+    made, rows = kernel(torch.randn(48, 64), torch.randn(48)), torch.randn(count, 64)
+    whole = made(rows)
+    rows[1, 3] = broken
+    came = made(rows)
+    assert not came[1].isfinite().any()
+    assert torch.equal(came[0], whole[0])
+    assert torch.equal(came[2:], whole[2:])
+
+
+@pytest.mark.parametrize("kernel", TILED, ids=lambda kernel: kernel.name)
+@torch.no_grad()
+def test_tiles_come_out_the_same_with_any_number_of_threads(kernel):
+    torch.manual_seed(0)
+    made, rows = kernel(torch.randn(300, 500), None), torch.randn(20, 500)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = made(rows)
+        torch.set_num_threads(3)
+        assert torch.equal(made(rows), one)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_without_a_compiler_tiles_are_not_offered(monkeypatch):
+    monkeypatch.setattr(products, "_library", lambda: None)
+    monkeypatch.setattr(products, "why_not", lambda source: "no C compiler here")
+    monkeypatch.setattr(kernels, "_why_not", kernels._why_not.__wrapped__)
+    assert why_not(KERNELS["tiled-int8"]) == "this machine has no such operator: no C compiler here"
+    assert not [kernel for kernel in allowed("int8") if kernel.name.startswith("tiled")]
 
 
 @torch.no_grad()
