@@ -5,6 +5,7 @@ of torch do the work, and where the machine has a C compiler, calls compiled for
 Knows nothing of decoding.
 
     compiling.py  C sources, compiled by the compiler that is there
+    arena.py      memory in large pages for weights
     products.py   weights in tiles, multiplied in one compiled call
     kernels.py    one matrix times some rows, in each way that this machine has
     linears.py    layers with a kernel instead of a weight; one product for siblings

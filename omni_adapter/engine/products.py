@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from omni_adapter.engine.arena import Place
 from omni_adapter.engine.compiling import compiled, why_not
 
 SOURCE = Path(__file__).with_name("products.c")
@@ -65,13 +66,11 @@ class TiledWeight:
             raise NotImplementedError(why_not(SOURCE))
         self.outputs, self.inputs, self.dtype = outputs, inputs, dtype
         self.scale, self.bias = scale, bias  # read by address, so they must stay
-        self._tiles = torch.zeros(
-            library.omni_tiled_bytes(outputs, inputs, dtype.itemsize), dtype=torch.uint8
-        )
+        self._place = Place(library.omni_tiled_bytes(outputs, inputs, dtype.itemsize))
         self._tile: Callable[..., None] = library.omni_tile
         self._multiply: Callable[..., int] = getattr(library, _CALLS[dtype])
         self._weight = _Weight(
-            self._tiles.data_ptr(),
+            self._place.memory.data_ptr(),
             scale.data_ptr(),
             None if bias is None else bias.data_ptr(),
             outputs,
@@ -82,7 +81,7 @@ class TiledWeight:
     @property
     def nbytes(self) -> int:
         """Memory of the tiles."""
-        return self._tiles.nbytes
+        return self._place.memory.nbytes
 
     def fill(self, start: int, piece: Tensor) -> None:
         """Write rows of the weight, [n, in], from row ``start``, a multiple of ``TILE_OUTPUTS``."""
@@ -91,7 +90,7 @@ class TiledWeight:
         assert start % TILE_OUTPUTS == 0
         rows, inputs = piece.shape
         offset, width = _OFFSETS[self.dtype], self.dtype.itemsize
-        self._tile(piece.data_ptr(), start, rows, inputs, width, offset, self._tiles.data_ptr())
+        self._tile(piece.data_ptr(), start, rows, inputs, width, offset, self._place.memory.data_ptr())
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return ``x @ weight.T + bias``, [..., out], of rows [..., in] in float32, contiguous."""
