@@ -253,3 +253,92 @@ void omni_gate(const float *gate, const float *up, long stride, float *out, long
         }
     }
 }
+
+/* out = x * weight, rows contiguous; returns nonzero where there is no memory. */
+typedef int (*Call)(const void *weight, const float *x, long rows, float *out);
+
+typedef struct {
+    Call call;
+    const void *weight;
+    long outputs;
+} Product;
+
+/* Without a weight there is no norm. */
+typedef struct {
+    const float *weight;
+    float offset, epsilon;
+    long width;
+} Norm;
+
+/* What a layer computes: attention is added to the hidden states, then a gated layer. */
+typedef struct {
+    Norm before_attention, of_queries, of_keys, after_attention, before_gate, after_gate;
+    Product entering, leaving, mixing, closing;
+    long width, heads, kv_heads, head_width, value_width, turned, pair_step, activation, gate_first, gates;
+    float scale, attention_scale, gate_scale;
+} Layer;
+
+INLINE const float *normed(const Norm *norm, const float *x, float *out, long rows)
+{
+    if (!norm->weight)
+        return x;
+    omni_norm(x, NULL, 0, NULL, norm->weight, norm->offset, norm->epsilon, out, rows, norm->width);
+    return out;
+}
+
+INLINE void turn_heads(const Layer *layer, const Norm *norm, float *x, long rows, long heads, const float *cosines,
+                       const float *sines, long table_stride, long second_half)
+{
+    long stride = layer->entering.outputs, width = layer->head_width;
+    const float *weight = norm->weight;
+    if (weight && norm->width != width) { /* all heads as one */
+        omni_rotate(x, rows, stride, 1, norm->width, weight, norm->offset, norm->epsilon, NULL, NULL, 0, 0, 0, 0);
+        weight = NULL;
+    }
+    if (weight || layer->turned)
+        omni_rotate(x, rows, stride, heads, width, weight, norm->offset, norm->epsilon, cosines, sines,
+                    layer->turned, table_stride, second_half, layer->pair_step);
+}
+
+/* From hidden states to queries, keys and values side by side, turned. `scratch` has room for the hidden states. */
+int omni_layer_begin(const Layer *layer, const float *hidden, long rows, const float *cosines, const float *sines,
+                     long table_stride, long second_half, float *scratch, float *projected)
+{
+    const float *entered = normed(&layer->before_attention, hidden, scratch, rows);
+    if (layer->entering.call(layer->entering.weight, entered, rows, projected))
+        return 1;
+    turn_heads(layer, &layer->of_queries, projected, rows, layer->heads, cosines, sines, table_stride, second_half);
+    turn_heads(layer, &layer->of_keys, projected + layer->heads * layer->head_width, rows, layer->kv_heads, cosines,
+               sines, table_stride, second_half);
+    return 0;
+}
+
+/* From turned queries, and the keys and values of all steps, to the layer's output. */
+int omni_layer_end(const Layer *layer, const float *hidden, long rows, const float *projected, const float *keys,
+                   long key_row, long key_head, long key_step, const float *values, long value_row, long value_head,
+                   long value_step, const uint8_t *mask, long mask_row, long steps, float *scratch, float *out)
+{
+    long size = rows * layer->width;
+    float *read = scratch, *came = read + rows * layer->heads * layer->value_width, *middle = came + size;
+    float *spare = middle + size, *mixed = spare + size, *gated = mixed + rows * layer->mixing.outputs;
+    if (omni_attend(projected, layer->entering.outputs, keys, key_row, key_head, key_step, values, value_row,
+                    value_head, value_step, mask, mask_row, read, rows, layer->kv_heads,
+                    layer->heads / layer->kv_heads, steps, layer->head_width, layer->value_width, layer->scale) ||
+        layer->leaving.call(layer->leaving.weight, read, rows, came))
+        return 1;
+    const float *added = normed(&layer->after_attention, came, spare, rows);
+    for (long i = 0; i < size; i++)
+        middle[i] = hidden[i] + layer->attention_scale * added[i];
+    const float *entered = normed(&layer->before_gate, middle, spare, rows);
+    if (layer->mixing.call(layer->mixing.weight, entered, rows, mixed))
+        return 1;
+    const float *first = mixed, *second = mixed + layer->gates;
+    omni_gate(layer->gate_first ? first : second, layer->gate_first ? second : first, layer->mixing.outputs, gated,
+              rows, layer->gates, layer->activation);
+    if (layer->closing.call(layer->closing.weight, gated, rows, came))
+        return 1;
+    added = normed(&layer->after_gate, came, spare, rows);
+    for (long i = 0; i < size; i++)
+        out[i] = middle[i] + layer->gate_scale * added[i];
+    return 0;
+}

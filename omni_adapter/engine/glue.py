@@ -42,7 +42,18 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
         _FLOAT,
     ),
     "omni_gate": (_POINTER, _POINTER, _LONG, _POINTER, _LONG, _LONG, _LONG),
+    "omni_layer_begin": (
+        *(_POINTER, _POINTER, _LONG, _POINTER, _POINTER, _LONG, _LONG),
+        *(_POINTER, _POINTER),
+    ),
+    "omni_layer_end": (
+        *(_POINTER, _POINTER, _LONG, _POINTER),
+        *(_POINTER, _LONG, _LONG, _LONG),
+        *(_POINTER, _LONG, _LONG, _LONG),
+        *(_POINTER, _LONG, _LONG, _POINTER, _POINTER),
+    ),
 }
+_RETURNING = ("omni_attend", "omni_layer_begin", "omni_layer_end")
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -52,7 +63,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 """Activations of gated layers; those that ``glue.c`` knows come first, in its order."""
 
-_NATIVE_ACTIVATIONS = ("silu", "gelu_tanh", "relu")
+NATIVE_ACTIVATIONS = ("silu", "gelu_tanh", "relu")
+"""Those that the compiled calls know."""
 
 
 @dataclass(frozen=True)
@@ -90,9 +102,10 @@ class Glue:
     def __init__(self, library: ctypes.CDLL) -> None:
         for name, arguments in _SIGNATURES.items():
             getattr(library, name).argtypes = arguments
-            getattr(library, name).restype = ctypes.c_int if name == "omni_attend" else None
+            getattr(library, name).restype = ctypes.c_int if name in _RETURNING else None
         self._norm, self._rotate = library.omni_norm, library.omni_rotate
         self._attend, self._gate = library.omni_attend, library.omni_gate
+        self.begin_layer, self.end_layer = library.omni_layer_begin, library.omni_layer_end
 
     def norm(self, x: Tensor, norm: Norm) -> Tensor:
         """Return the norm of rows [..., W]."""
@@ -139,10 +152,8 @@ class Glue:
         cosines = sines = None
         turned = table_stride = second_half = pair_step = 0
         if rotation is not None and tables is not None:
-            cosines, sines = tables[0].data_ptr(), tables[1].data_ptr()
-            turned, pair_step, columns = rotation.turned, rotation.pair_step, tables[0].shape[-1]
-            table_stride = 0 if tables[0].shape[0] == 1 else columns
-            second_half = turned // 2 if columns == turned else 0
+            turned, pair_step = rotation.turned, rotation.pair_step
+            cosines, sines, table_stride, second_half = table_places(tables, turned)
         self._rotate(
             *(x.data_ptr(), x.shape[0], x.stride(0), heads, width, weight, offset, epsilon),
             *(cosines, sines, turned, table_stride, second_half, pair_step),
@@ -179,13 +190,21 @@ class Glue:
 
     def gate(self, gate: Tensor, up: Tensor, activation: str) -> Tensor:
         """Return ``activation(gate) * up``, [B, 1, W]; rows of both lie by any stride, the same for both."""
-        if activation not in _NATIVE_ACTIVATIONS:
+        if activation not in NATIVE_ACTIVATIONS:
             return ACTIVATIONS[activation](gate) * up
         rows, _, width = gate.shape
         out = torch.empty(rows, 1, width)
-        code = _NATIVE_ACTIVATIONS.index(activation)
+        code = NATIVE_ACTIVATIONS.index(activation)
         self._gate(gate.data_ptr(), up.data_ptr(), gate.stride(0), out.data_ptr(), rows, width, code)
         return out
+
+
+def table_places(tables: tuple[Tensor, Tensor], turned: int) -> tuple[int, int, int, int]:
+    """Where cosines and sines lie, numbers from row to row, and from the first half's to the second's."""
+    cosines, sines = tables
+    columns = cosines.shape[-1]
+    row = 0 if cosines.shape[0] == 1 else columns
+    return cosines.data_ptr(), sines.data_ptr(), row, turned // 2 if columns == turned else 0
 
 
 @cache

@@ -6,6 +6,7 @@ the quick way only where a call is of the kind that it was recognised in; else i
 models.
 """
 
+import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,9 +15,12 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from omni_adapter.engine.glue import Glue, Norm, Rotation, glue
+from omni_adapter.engine.glue import NATIVE_ACTIVATIONS, Glue, Norm, Rotation, glue, table_places
 from omni_adapter.engine.linears import PackedLinear, Siblings
 from omni_adapter.modules.tts_blocks import TtsBlock, TtsCache
+
+Native = tuple[int, int]
+"""Addresses of a compiled call, as the source declares it, and of the weight that it takes."""
 
 Update = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Takes keys and values of a step, [B, h, 1, W]; returns those of all steps."""
@@ -37,6 +41,19 @@ class Products:
         self._shared: Siblings | None = None
         if siblings is not None and siblings.size == sum(layer.out_features for layer in packed):
             self._shared = siblings
+
+    @property
+    def native(self) -> Native | None:
+        """What computes it from compiled code; None if nothing does."""
+        kernel: Any = getattr(self._layers[0], "kernel", None)
+        alone = len(self._layers) == 1 and getattr(self._layers[0], "siblings", None) is None
+        found: Native | None = getattr(kernel, "native", None) if alone or self._shared else None
+        return found
+
+    @property
+    def outputs(self) -> int:
+        """Columns that come out."""
+        return sum(layer.out_features for layer in self._layers)  # type: ignore[misc]
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return what all layers make of rows [B, 1, in], side by side, [B, 1, sum of outs]."""
@@ -96,21 +113,29 @@ class Attention:
             calls: the compiled calls.
         """
         rows, (queries, keys, _) = projected.shape[0], self.sizes
-        row, width, value_width = projected.stride(0), self.width, self.value_width
-        start = projected.storage_offset()
+        row, start = projected.stride(0), projected.storage_offset()
         query = projected.as_strided((rows, 1, queries), (row, queries, 1), start)
         key_rows = projected.as_strided((rows, 1, keys), (row, keys, 1), start + queries)
         self._turn(query, self.heads, self.query_norm, tables, calls)
         self._turn(key_rows, self.kv_heads, self.key_norm, tables, calls)
-        all_keys, all_values = update(
-            projected.as_strided((rows, self.kv_heads, 1, width), (row, width, width, 1), start + queries),
+        all_keys, all_values = update(*self.to_store(projected))
+        return calls.attend(query, all_keys, all_values, mask, self.scale)
+
+    def to_store(self, projected: Tensor) -> tuple[Tensor, Tensor]:
+        """The keys and values in what was projected, each [B, h, 1, W]."""
+        rows, row, (queries, keys, _) = projected.shape[0], projected.stride(0), self.sizes
+        start, heads, width, value_width = (
+            projected.storage_offset() + queries,
+            self.kv_heads,
+            self.width,
+            self.value_width,
+        )
+        return (
+            projected.as_strided((rows, heads, 1, width), (row, width, width, 1), start),
             projected.as_strided(
-                (rows, self.kv_heads, 1, value_width),
-                (row, value_width, value_width, 1),
-                start + queries + keys,
+                (rows, heads, 1, value_width), (row, value_width, value_width, 1), start + keys
             ),
         )
-        return calls.attend(query, all_keys, all_values, mask, self.scale)
 
     def _turn(
         self,
@@ -208,6 +233,148 @@ class Formula:
         return torch.add(hidden, came, alpha=second.scale)
 
 
+class _Product(ctypes.Structure):
+    """As the source declares it."""
+
+    _fields_ = (("call", ctypes.c_void_p), ("weight", ctypes.c_void_p), ("outputs", ctypes.c_long))
+
+
+class _Norm(ctypes.Structure):
+    """As the source declares it."""
+
+    _fields_ = (
+        ("weight", ctypes.c_void_p),
+        ("offset", ctypes.c_float),
+        ("epsilon", ctypes.c_float),
+        ("width", ctypes.c_long),
+    )
+
+
+_NORMS = ("before_attention", "of_queries", "of_keys", "after_attention", "before_gate", "after_gate")
+_PRODUCTS = ("entering", "leaving", "mixing", "closing")
+_COUNTS = (
+    *("width", "heads", "kv_heads", "head_width", "value_width"),
+    *("turned", "pair_step", "activation", "gate_first", "gates"),
+)
+_SCALES = ("scale", "attention_scale", "gate_scale")
+
+
+class _Layer(ctypes.Structure):
+    """As the source declares it."""
+
+    _fields_ = (
+        *((name, _Norm) for name in _NORMS),
+        *((name, _Product) for name in _PRODUCTS),
+        *((name, ctypes.c_long) for name in _COUNTS),
+        *((name, ctypes.c_float) for name in _SCALES),
+    )
+
+
+class FusedFormula:
+    """A formula in two compiled calls, one before keys and values are stored and one after.
+
+    Args:
+        formula: what is computed; its weights are read by address, so it is kept.
+        layer: the same as the source declares it.
+    """
+
+    def __init__(self, formula: Formula, layer: _Layer) -> None:
+        self._formula, self._layer, self._address = formula, layer, ctypes.addressof(layer)
+        self._projected = sum(formula.attention.sizes)
+        attention = formula.attention
+        self._scratch = attention.heads * attention.value_width + 3 * layer.width
+        self._scratch += layer.mixing.outputs + layer.gates
+
+    def __call__(
+        self,
+        hidden: Tensor,
+        *,
+        tables: tuple[Tensor, Tensor] | None,
+        update: Update,
+        mask: Tensor | None,
+        calls: Glue,
+    ) -> Tensor:
+        """As ``Formula``."""
+        rows, attention = hidden.shape[0], self._formula.attention
+        scratch, projected = torch.empty(rows * self._scratch), torch.empty(rows, 1, self._projected)
+        places: tuple[int | None, int | None, int, int] = (None, None, 0, 0)
+        if attention.rotation is not None and tables is not None:
+            places = table_places(tables, attention.rotation.turned)
+        read, written = hidden.data_ptr(), scratch.data_ptr()
+        failed = calls.begin_layer(self._address, read, rows, *places, written, projected.data_ptr())
+        keys, values = update(*attention.to_store(projected))
+        steps, out = keys.shape[2], torch.empty_like(hidden)
+        assert mask is None or mask.shape[3] == steps
+        failed = failed or calls.end_layer(
+            *(self._address, read, rows, projected.data_ptr()),
+            *(keys.data_ptr(), *keys.stride()[:3], values.data_ptr(), *values.stride()[:3]),
+            *((None, 0) if mask is None else (mask.data_ptr(), mask.stride(0))),
+            *(steps, written, out.data_ptr()),
+        )
+        if failed:
+            raise MemoryError(f"no memory for a step of {rows} rows after {steps} steps")
+        return out
+
+
+def fused(formula: Formula) -> FusedFormula | None:
+    """Return a formula in two compiled calls, None if one of its products is none of compiled code."""
+    first, second, attention, gated = formula.attending, formula.mixing, formula.attention, formula.gated
+    products = (first.enter, first.leave, second.enter, second.leave)
+    natives = [one.native for one in products]
+    if gated.activation not in NATIVE_ACTIVATIONS or any(native is None for native in natives):
+        return None
+    layer, rotation = _Layer(), attention.rotation
+    norms = (first.norm, attention.query_norm, attention.key_norm, first.norm_after)
+    for name, norm in zip(_NORMS, (*norms, second.norm, second.norm_after), strict=True):
+        if norm is not None:
+            own = _Norm(norm.weight.data_ptr(), norm.offset, norm.epsilon, len(norm.weight))
+            setattr(layer, name, own)
+    for name, product, native in zip(_PRODUCTS, products, natives, strict=True):
+        assert native is not None
+        setattr(layer, name, _Product(*native, product.outputs))
+    counts = (
+        *(first.leave.outputs, attention.heads, attention.kv_heads, attention.width, attention.value_width),
+        *((0, 0) if rotation is None else (rotation.turned, rotation.pair_step)),
+        *(NATIVE_ACTIVATIONS.index(gated.activation), int(gated.gate_first), second.enter.outputs // 2),
+    )
+    for name, value in zip(
+        (*_COUNTS, *_SCALES), (*counts, attention.scale, first.scale, second.scale), strict=True
+    ):
+        setattr(layer, name, value)
+    return FusedFormula(formula, layer)
+
+
+class Step:
+    """A step by a formula: in two compiled calls where its products can be called from compiled code.
+
+    Args:
+        formula: what is computed.
+    """
+
+    def __init__(self, formula: Formula) -> None:
+        self.formula = formula
+        self._way: Formula | FusedFormula | None = None
+
+    def run(
+        self,
+        hidden: Tensor,
+        *,
+        tables: tuple[Tensor, Tensor] | None,
+        update: Update,
+        mask: Tensor | None,
+        calls: Glue,
+    ) -> Tensor:
+        """Return the output of ``hidden``; the rest as for ``Formula``."""
+        way = self._way
+        if way is None:
+            way = self._way = fused(self.formula) or self.formula
+        return way(hidden, tables=tables, update=update, mask=mask, calls=calls)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but addresses, which a copy must find out for itself."""
+        return vars(self) | {"_way": None}
+
+
 @dataclass(frozen=True)
 class Calling:
     """How a layer's forward was called when it was recognised.
@@ -229,7 +396,7 @@ class Calling:
     as_tuple: bool
 
 
-class QuickLayer:
+class QuickLayer(Step):
     """Stands in the place of a layer's ``forward``.
 
     Args:
@@ -239,7 +406,8 @@ class QuickLayer:
     """
 
     def __init__(self, module: nn.Module, formula: Formula, calling: Calling) -> None:
-        self.module, self.formula, self.calling = module, formula, calling
+        super().__init__(formula)
+        self.module, self.calling = module, calling
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the layer returns."""
@@ -255,7 +423,7 @@ class QuickLayer:
         def update(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
             return cache.update(keys, values, calling.layer)
 
-        output = self.formula(hidden, tables=tables, update=update, mask=mask, calls=calls)
+        output = self.run(hidden, tables=tables, update=update, mask=mask, calls=calls)
         return (output,) if calling.as_tuple else output
 
     def _plain(self, *args: Any, **kwargs: Any) -> Any:
@@ -274,15 +442,8 @@ class QuickLayer:
         )
 
 
-class QuickBlock:
-    """A step of a block that speaks.
-
-    Args:
-        formula: what the block computes.
-    """
-
-    def __init__(self, formula: Formula) -> None:
-        self.formula = formula
+class QuickBlock(Step):
+    """A step of a block that speaks."""
 
     def __call__(
         self,
@@ -301,7 +462,7 @@ class QuickBlock:
         def update(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
             return cache.append(index, keys, values)
 
-        return self.formula(hidden, tables=rotation, update=update, mask=bias, calls=calls)
+        return self.run(hidden, tables=rotation, update=update, mask=bias, calls=calls)
 
 
 def quick_block(block: TtsBlock) -> QuickBlock:

@@ -1,6 +1,7 @@
 """Layers that go the quick way: only those that compute what the formula says, wherever it is looked."""
 
 import copy
+import ctypes
 
 import pytest
 import torch
@@ -14,8 +15,11 @@ from omni_adapter.backbone.probes import sample
 from omni_adapter.engine import PackSettings, relative_error
 from omni_adapter.engine import recognise as recognising
 from omni_adapter.engine.glue import glue
-from omni_adapter.engine.quick import QuickLayer
+from omni_adapter.engine.kernels import MixedFloat32
+from omni_adapter.engine.linears import PackedLinear, Siblings
+from omni_adapter.engine.quick import Formula, FusedFormula, QuickLayer
 from omni_adapter.engine.recognise import quicken_backbone
+from omni_adapter.engine.rehearsal import Part, cast, linear_bias, linear_weight, replace_module
 from omni_adapter.modules.tts_blocks import TtsCache
 from tests.families import build_fresh
 from tests.talkers import fresh_talker
@@ -153,6 +157,71 @@ def test_a_copy_of_a_packed_talker_has_layers_of_its_own():
     assert all(id(layer.module) in own for layer in layers)
     for block in twin.model.tts_blocks.blocks:
         assert block.quick.formula.attending.norm.weight is block.attention_norm.weight
+
+
+CALL = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_long, ctypes.c_void_p)
+
+
+def native_product(kernel, weight_shape: tuple[int, int]):
+    """A kernel's product as compiled code would call it."""
+    outputs, inputs = weight_shape
+
+    def call(weight, x, rows, out) -> int:
+        given = (ctypes.c_float * (rows * inputs)).from_address(x)
+        taken = (ctypes.c_float * (rows * outputs)).from_address(out)
+        answer = kernel(torch.frombuffer(given, dtype=torch.float32).view(rows, inputs))
+        torch.frombuffer(taken, dtype=torch.float32).view(rows, outputs).copy_(answer)
+        return 0
+
+    return CALL(call)
+
+
+def let_compiled_code_multiply(model: nn.Module) -> list:
+    """Let all kernels be called from compiled code; return what must live as long."""
+    kept = []
+    for module in model.modules():
+        if isinstance(module, PackedLinear) and not hasattr(module.kernel, "native"):
+            outputs = module.siblings.size if module.siblings else module.out_features
+            kept.append(native_product(module.kernel, (outputs, module.in_features)))
+            module.kernel.native = ctypes.cast(kept[-1], ctypes.c_void_p).value, None
+    return kept
+
+
+@pytest.mark.parametrize("family", RECOGNISED)
+def test_layers_in_two_calls_are_the_same(family):
+    expected, came = [], []
+    for found in (expected, came):
+        backbone = backbone_of(family)
+        part = Part("lm", backbone.lm, lambda own=backbone: (own(sample(own)).hidden,), 2)
+        for group in cast(part).groups:
+            replace_by_kernels(backbone.lm, group)
+        assert quicken_backbone(backbone, calls) == {}
+        kept = let_compiled_code_multiply(backbone.lm) if found is came else []
+        for padded in (False, True):
+            found.append(states(backbone, padded=padded))
+        ways = {type(layer._way) for layer in quick_layers(backbone)}
+        assert ways == ({FusedFormula} if kept else {Formula})
+    for one, other in zip(came, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def replace_by_kernels(lm: nn.Module, group: tuple[str, ...]) -> None:
+    layers = [lm.get_submodule(name) for name in group]
+    weight = torch.cat([linear_weight(layer).detach() for layer in layers])
+    biases = [linear_bias(layer) for layer in layers]
+    bias = None if biases[0] is None else torch.cat([one.detach() for one in biases])
+    kernel = MixedFloat32(weight, bias)
+    siblings = Siblings(kernel, [len(linear_weight(layer)) for layer in layers], in_order=True)
+    for index, (name, layer) in enumerate(zip(group, layers, strict=True)):
+        packed = PackedLinear(
+            siblings.member(index) if len(group) > 1 else kernel,
+            weight=linear_weight(layer),
+            dtype=torch.float32,
+            label="fp32",
+            kernel=kernel,
+            siblings=siblings if len(group) > 1 else None,
+        )
+        replace_module(lm, name, packed)
 
 
 def test_without_a_compiler_everything_goes_as_it_did(monkeypatch):
