@@ -156,6 +156,11 @@ class TiledInt8(Kernel):
             scale[start : start + len(scales)] = scales
         self.nbytes = self._product.nbytes + scale.nbytes
 
+    @property
+    def native(self) -> tuple[int, int]:
+        """As ``TiledWeight`` says."""
+        return self._product.native
+
     def __call__(self, x: Tensor) -> Tensor:
         """As every kernel."""
         if x.dtype == torch.float32 and x.is_contiguous():

@@ -79,6 +79,13 @@ class TiledWeight:
         self._address = ctypes.addressof(self._weight)
 
     @property
+    def native(self) -> tuple[int, int]:
+        """Addresses of the compiled call and of the weight that it takes, for other compiled code."""
+        call = ctypes.cast(self._multiply, _POINTER).value  # type: ignore[arg-type]
+        assert call is not None
+        return call, self._address
+
+    @property
     def nbytes(self) -> int:
         """Memory of the tiles."""
         return self._place.memory.nbytes
