@@ -17,7 +17,7 @@ from torch import Tensor
 from omni_adapter.engine.products import TiledWeight
 
 _FEW_ROWS = 3  # up to here the product that reads rows of a plain weight one by one is the quicker one
-_QUANTISED_ROWS = 1 << 10  # rows of a weight that are quantised at once
+_PIECE_ROWS = 1 << 10  # rows of a weight that are converted at once
 _INT8_LIMIT = 127
 _LEAST_SCALE = 1e-30  # of a row of zeros
 _CHECKED_SHAPE = (3, 48, 64)  # rows, in, out of the product that a kernel is tried on
@@ -143,6 +143,25 @@ class RowwiseInt8(Kernel):
         return product.to(x.dtype)
 
 
+class TiledBfloat16(Kernel):
+    """A weight in bfloat16, multiplied in one call; products are added up in float32."""
+
+    name, precision, tolerance = "tiled-bf16", "bf16", 2e-2
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, *, used: Used | None = None) -> None:
+        self._product = TiledWeight(*weight.shape, dtype=torch.bfloat16, scale=None, bias=_float(bias))
+        for start in range(0, len(weight), _PIECE_ROWS):
+            read = weight[start : start + _PIECE_ROWS]
+            self._product.fill(start, _owned(read, torch.bfloat16))
+            if used is not None:
+                used(read)
+        self.nbytes = self._product.nbytes
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """As every kernel."""
+        return _multiplied(self._product, x)
+
+
 class TiledInt8(Kernel):
     """As ``RowwiseInt8``, quantised, multiplied and scaled in one call, and quicker for few rows."""
 
@@ -152,7 +171,7 @@ class TiledInt8(Kernel):
         scale = torch.empty(len(weight))
         self._product = TiledWeight(*weight.shape, dtype=torch.int8, scale=scale, bias=_float(bias))
         for start, quantised, scales in quantised_pieces(weight, used=used):
-            self._product.fill(start, quantised)
+            self._product.fill(start, quantised.contiguous())
             scale[start : start + len(scales)] = scales
         self.nbytes = self._product.nbytes + scale.nbytes
 
@@ -163,9 +182,7 @@ class TiledInt8(Kernel):
 
     def __call__(self, x: Tensor) -> Tensor:
         """As every kernel."""
-        if x.dtype == torch.float32 and x.is_contiguous():
-            return self._product(x)
-        return self._product(x.float().contiguous()).to(x.dtype)
+        return _multiplied(self._product, x)
 
 
 class WeightOnlyInt8(Kernel):
@@ -195,6 +212,7 @@ KERNELS: dict[str, type[Kernel]] = {
         PlainFloat32,
         PackedBfloat16,
         PlainBfloat16,
+        TiledBfloat16,
         TiledInt8,
         RowwiseInt8,
         WeightOnlyInt8,
@@ -264,13 +282,20 @@ def quantised_pieces(weight: Tensor, *, used: Used | None = None) -> Iterator[tu
         weight: read piece by piece, as the float32 of all would not fit.
         used: told of each piece that was read.
     """
-    for start in range(0, len(weight), _QUANTISED_ROWS):
-        read = weight[start : start + _QUANTISED_ROWS]
+    for start in range(0, len(weight), _PIECE_ROWS):
+        read = weight[start : start + _PIECE_ROWS]
         piece = read.detach().float()
         scale = piece.abs().amax(dim=1).clamp_(min=_LEAST_SCALE).mul_(1 / _INT8_LIMIT)
         yield start, (piece / scale[:, None]).round_().to(torch.int8), scale
         if used is not None:
             used(read)
+
+
+def _multiplied(weight: TiledWeight, x: Tensor) -> Tensor:
+    """Rows of any type and strides times a weight in tiles."""
+    if x.dtype == torch.float32 and x.is_contiguous():
+        return weight(x)
+    return weight(x.float().contiguous()).to(x.dtype)
 
 
 def _pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

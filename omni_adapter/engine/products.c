@@ -20,7 +20,8 @@ static int omp_get_thread_num(void) { return 0; }
 #ifdef __AVX2__
 #include <immintrin.h>
 #endif
-#ifdef __AMX_INT8__
+#if defined(__linux__) && defined(__AMX_INT8__) && defined(__AMX_BF16__)
+#define HAS_TILES
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -37,10 +38,13 @@ enum {
     MIDDLE = 128,       /* added to weights in 8 bits, as products are of unsigned and signed bytes */
     LEAST_BYTES = 1 << 16, /* of a weight for which a second thread pays */
     LEAST_ROWS = 16,    /* that are quantised by several threads */
-    AHEAD = 1024,       /* bytes of a weight that are asked for beforehand */
+    AHEAD = 2048,       /* bytes of a weight that are asked for beforehand */
 };
 
-/* A weight in tiles, the scale of each output, and a bias or none. */
+/* What the numbers of a weight are. */
+typedef enum { INT8, BF16 } Kind;
+
+/* A weight in tiles, the scale of each output if it is in 8 bits, and a bias or none. */
 typedef struct {
     const uint8_t *weight;
     const float *scale;
@@ -48,15 +52,18 @@ typedef struct {
     long outputs, inputs;
 } Weight;
 
-/* Rows in 8 bits, `bytes` apart: what a byte stands for, and MIDDLE times the sum of a row's bytes. */
+/* Rows as they are multiplied, `bytes` apart and filled up with zeros: in 8 bits, in bfloat16 for matrix units, or
+ * in float32. Those in 8 bits have a scale, and MIDDLE times the sum of their bytes. */
 typedef struct {
-    int8_t *values;
+    char *values;
     float *scale;
     int32_t *surplus;
     long bytes;
 } Rows;
 
+INLINE long least(long a, long b) { return a < b ? a : b; }
 INLINE long tiles_of(long bytes) { return (bytes + 63) / 64; }
+INLINE long tiles_of_output(const Weight *weight, Kind kind) { return tiles_of(weight->inputs * (kind == BF16 ? 2 : 1)); }
 
 /* ---- rows ---- */
 
@@ -71,7 +78,7 @@ static void quantise(const float *x, long inputs, const Rows *rows, long row)
     }
     most = most > 1e-28f ? most : 1e-28f;
     float factor = broken == 0 ? (float)LIMIT / most : 0;
-    int8_t *values = rows->values + row * rows->bytes;
+    int8_t *values = (int8_t *)(rows->values + row * rows->bytes);
     int32_t sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (long i = 0; i < inputs; i++) {
@@ -84,15 +91,44 @@ static void quantise(const float *x, long inputs, const Rows *rows, long row)
     rows->surplus[row] = MIDDLE * sum;
 }
 
-/* What 16 sums stand for, written to one row of the result. */
-INLINE void finish(const Weight *weight, const Rows *rows, long row, long output, const int32_t *sums, float *out)
+#ifdef HAS_TILES
+static void narrow(const float *x, long inputs, const Rows *rows, long row)
 {
-    long count = weight->outputs - output;
-    count = count < OUTPUTS ? count : OUTPUTS;
+    uint16_t *values = (uint16_t *)(rows->values + row * rows->bytes);
+    for (long i = 0; i < inputs; i++) {
+        uint32_t bits;
+        memcpy(&bits, x + i, 4);
+        uint32_t even = bits + 0x7fff + (bits >> 16 & 1); /* the nearest, or the even one of two */
+        values[i] = (uint16_t)((bits & 0x7fffffff) > 0x7f800000 ? bits >> 16 | 64 : even >> 16);
+    }
+    memset(values + inputs, 0, (size_t)(rows->bytes - 2 * inputs));
+}
+#endif
+
+static void copy(const float *x, long inputs, const Rows *rows, long row)
+{
+    char *values = rows->values + row * rows->bytes;
+    memcpy(values, x, sizeof(float) * (size_t)inputs);
+    memset(values + 4 * inputs, 0, (size_t)(rows->bytes - 4 * inputs));
+}
+
+/* What 16 sums stand for, written to one row of the result. */
+INLINE void finish(const Weight *weight, Kind kind, const Rows *rows, long row, long output, const void *sums,
+                   float *out)
+{
+    long count = least(weight->outputs - output, OUTPUTS);
+    out += row * weight->outputs + output;
+    if (kind == BF16) {
+        const float *products = sums;
+        for (long i = 0; i < count; i++)
+            out[i] = weight->bias ? products[i] + weight->bias[output + i] : products[i];
+        return;
+    }
+    const int32_t *wholes = sums;
     float scale = rows->scale[row];
     int32_t surplus = rows->surplus[row];
     for (long i = 0; i < count; i++) {
-        float product = (float)(sums[i] - surplus) * weight->scale[output + i] * scale;
+        float product = (float)(wholes[i] - surplus) * weight->scale[output + i] * scale;
         out[i] = weight->bias ? product + weight->bias[output + i] : product;
     }
 }
@@ -158,18 +194,18 @@ INLINE Sums dot4(Sums sums, const uint8_t *weight, const int8_t *x)
 INLINE void store_sums(int32_t *out, Sums sums) { memcpy(out, &sums, sizeof sums); }
 #endif
 
-/* `count` rows with 16 outputs. */
-INLINE void few(const Weight *weight, const Rows *rows, long first, int count, long block, float *out)
+/* `count` rows in 8 bits with 16 outputs. */
+INLINE void few_int8(const Weight *weight, const Rows *rows, long first, int count, long block, float *out)
 {
-    long tiles = tiles_of(weight->inputs);
+    long tiles = tiles_of_output(weight, INT8);
     const uint8_t *read = weight->weight + block * tiles * TILE;
-    const int8_t *values = rows->values + first * rows->bytes;
+    const int8_t *values = (const int8_t *)(rows->values + first * rows->bytes);
     Sums sums[ROWS][2];
     for (int row = 0; row < count; row++)
         sums[row][0] = sums[row][1] = no_sums();
     for (long group = 0; group < tiles * GROUPS; group += 4, read += 256)
         for (int turn = 0; turn < 4; turn++) {
-            __builtin_prefetch(read + AHEAD + 64 * turn);
+            __builtin_prefetch(read + AHEAD + 64 * turn, 0, 2);
             for (int row = 0; row < count; row++)
                 sums[row][turn & 1] = dot4(sums[row][turn & 1], read + 64 * turn,
                                            values + row * rows->bytes + 4 * (group + turn));
@@ -177,28 +213,63 @@ INLINE void few(const Weight *weight, const Rows *rows, long first, int count, l
     for (int row = 0; row < count; row++) {
         int32_t whole[OUTPUTS];
         store_sums(whole, add_sums(sums[row][0], sums[row][1]));
-        finish(weight, rows, first + row, block * OUTPUTS, whole,
-               out + (first + row) * weight->outputs + block * OUTPUTS);
+        finish(weight, INT8, rows, first + row, block * OUTPUTS, whole, out);
     }
 }
 
-static void some(const Weight *weight, const Rows *rows, long first, long count, long block, float *out)
+typedef float Floats __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint32_t Words __attribute__((vector_size(64), aligned(4), may_alias));
+
+/* `count` rows in float32 with 16 outputs in bfloat16, which are the upper halves of numbers in float32. */
+INLINE void few_bf16(const Weight *weight, const Rows *rows, long first, int count, long block, float *out)
+{
+    long tiles = tiles_of_output(weight, BF16);
+    const uint8_t *read = weight->weight + block * tiles * TILE;
+    const float *values = (const float *)(rows->values + first * rows->bytes);
+    long stride = rows->bytes / 4;
+    Floats sums[ROWS][2];
+    for (int row = 0; row < count; row++)
+        sums[row][0] = sums[row][1] = (Floats){0};
+    for (long group = 0; group < tiles * GROUPS; group++, read += 64) {
+        __builtin_prefetch(read + AHEAD, 0, 2);
+        Words pair = *(const Words *)read;
+        Floats even = (Floats)(pair << 16), odd = (Floats)(pair & 0xffff0000u);
+        for (int row = 0; row < count; row++) {
+            sums[row][0] += even * values[row * stride + 2 * group];
+            sums[row][1] += odd * values[row * stride + 2 * group + 1];
+        }
+    }
+    for (int row = 0; row < count; row++) {
+        Floats sum = sums[row][0] + sums[row][1];
+        finish(weight, BF16, rows, first + row, block * OUTPUTS, &sum, out);
+    }
+}
+
+INLINE void few(const Weight *weight, Kind kind, const Rows *rows, long first, int count, long block, float *out)
+{
+    if (kind == BF16)
+        few_bf16(weight, rows, first, count, block, out);
+    else
+        few_int8(weight, rows, first, count, block, out);
+}
+
+INLINE void some(const Weight *weight, Kind kind, const Rows *rows, long first, long count, long block, float *out)
 {
     switch (count) {
-    case 1: few(weight, rows, first, 1, block, out); break;
-    case 2: few(weight, rows, first, 2, block, out); break;
-    case 3: few(weight, rows, first, 3, block, out); break;
-    case 4: few(weight, rows, first, 4, block, out); break;
-    case 5: few(weight, rows, first, 5, block, out); break;
-    case 6: few(weight, rows, first, 6, block, out); break;
-    case 7: few(weight, rows, first, 7, block, out); break;
-    default: few(weight, rows, first, 8, block, out);
+    case 1: few(weight, kind, rows, first, 1, block, out); break;
+    case 2: few(weight, kind, rows, first, 2, block, out); break;
+    case 3: few(weight, kind, rows, first, 3, block, out); break;
+    case 4: few(weight, kind, rows, first, 4, block, out); break;
+    case 5: few(weight, kind, rows, first, 5, block, out); break;
+    case 6: few(weight, kind, rows, first, 6, block, out); break;
+    case 7: few(weight, kind, rows, first, 7, block, out); break;
+    default: few(weight, kind, rows, first, 8, block, out);
     }
 }
 
-/* ---- many rows: 32 rows and 32 outputs at once in matrix units ---- */
+/* ---- matrix units: 32 rows and 32 outputs at once ---- */
 
-#ifdef __AMX_INT8__
+#ifdef HAS_TILES
 enum { SIDE = 16, PERMISSION = 0x1023, TILE_DATA = 18 };
 
 typedef struct {
@@ -208,7 +279,7 @@ typedef struct {
     uint8_t rows[16];
 } Shapes;
 
-static int has_matrices(void)
+static int has_tiles(void)
 {
     static int known; /* 0 not asked yet, 1 no, 2 yes; asking twice is harmless */
     if (!known)
@@ -217,100 +288,152 @@ static int has_matrices(void)
 }
 
 /* Tiles 0 to 3 hold sums, 4 and 5 rows, 6 and 7 weights. */
-static void shape_tiles(void)
+static void shape_tiles(long rows)
 {
     Shapes shapes = {.palette = 1};
     for (int tile = 0; tile < 8; tile++) {
         shapes.bytes[tile] = 64;
-        shapes.rows[tile] = SIDE;
+        shapes.rows[tile] = tile < 6 && rows < SIDE ? (uint8_t)rows : SIDE;
     }
+    __asm__ volatile("" : : "r"(&shapes) : "memory"); /* compilers do not know that all of it is read */
     _tile_loadconfig(&shapes);
 }
 
-/* 32 rows (of which `count` are kept) with 16 or 32 outputs. */
-static void many(const Weight *weight, const Rows *rows, long first, long count, long block, int pair, float *out)
+INLINE void ask_for(const uint8_t *tile)
 {
-    long tiles = tiles_of(weight->inputs);
+    for (int group = 0; group < GROUPS; group++)
+        __builtin_prefetch(tile + AHEAD + 64 * group, 0, 2);
+}
+
+/* 32 rows, of which `count` are kept, with 16 or 32 outputs. */
+INLINE void many(const Weight *weight, Kind kind, const Rows *rows, long first, long count, long block, int pair,
+                 float *out)
+{
+    long tiles = tiles_of_output(weight, kind);
     const uint8_t *left = weight->weight + block * tiles * TILE, *right = left + pair * tiles * TILE;
-    const int8_t *values = rows->values + first * rows->bytes;
+    const char *values = rows->values + first * rows->bytes;
     int32_t sums[4][SIDE * OUTPUTS];
+    __asm__ volatile("" : : "r"(values), "r"(left) : "memory"); /* nor that tiles are */
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
+#define DOT(sums, rows, weights)                                                                                      \
+    do {                                                                                                              \
+        if (kind == BF16)                                                                                             \
+            _tile_dpbf16ps(sums, rows, weights);                                                                      \
+        else                                                                                                          \
+            _tile_dpbsud(sums, rows, weights);                                                                        \
+    } while (0)
     for (long tile = 0; tile < tiles; tile++) {
+        ask_for(left + tile * TILE);
+        ask_for(right + tile * TILE);
         _tile_loadd(4, values + 64 * tile, rows->bytes);
         _tile_loadd(6, left + tile * TILE, 64);
-        _tile_dpbsud(0, 4, 6);
+        DOT(0, 4, 6);
         _tile_loadd(7, right + tile * TILE, 64);
-        _tile_dpbsud(1, 4, 7);
+        DOT(1, 4, 7);
         if (count > SIDE) {
             _tile_loadd(5, values + SIDE * rows->bytes + 64 * tile, rows->bytes);
-            _tile_dpbsud(2, 5, 6);
-            _tile_dpbsud(3, 5, 7);
+            DOT(2, 5, 6);
+            DOT(3, 5, 7);
         }
     }
+#undef DOT
     _tile_stored(0, sums[0], 64);
     _tile_stored(1, sums[1], 64);
     _tile_stored(2, sums[2], 64);
     _tile_stored(3, sums[3], 64);
     for (long row = 0; row < count; row++)
         for (int side = 0; side <= pair; side++)
-            finish(weight, rows, first + row, (block + side) * OUTPUTS,
-                   sums[(row >= SIDE) * 2 + side] + (row % SIDE) * OUTPUTS,
-                   out + (first + row) * weight->outputs + (block + side) * OUTPUTS);
+            finish(weight, kind, rows, first + row, (block + side) * OUTPUTS,
+                   sums[(row >= SIDE) * 2 + side] + (row % SIDE) * OUTPUTS, out);
 }
 #endif
 
-/* Rows that are held with the outputs of a part of all blocks. */
-static void multiply(const Weight *weight, const Rows *rows, long count, long first_block, long last_block,
-                     float *out)
+/* Whether a product goes through matrix units. In bfloat16 all do: their sums are not those of vectors. */
+INLINE int takes_tiles(Kind kind, long count)
 {
-#ifdef __AMX_INT8__
-    if (count > ROWS && has_matrices()) {
-        shape_tiles();
-        for (long block = first_block; block < last_block; block += 2)
+#ifdef HAS_TILES
+    return (kind == BF16 || count > ROWS) && has_tiles();
+#else
+    (void)kind, (void)count;
+    return 0;
+#endif
+}
+
+/* Rows that are held with the outputs of a part of all blocks. */
+INLINE void multiply(const Weight *weight, Kind kind, const Rows *rows, long count, long first, long last, float *out)
+{
+#ifdef HAS_TILES
+    if (takes_tiles(kind, count)) {
+        shape_tiles(count);
+        for (long block = first; block < last; block += 2)
             for (long row = 0; row < count; row += 2 * SIDE)
-                many(weight, rows, row, count - row < 2 * SIDE ? count - row : 2 * SIDE, block,
-                     block + 1 < last_block, out);
+                many(weight, kind, rows, row, least(count - row, 2 * SIDE), block, block + 1 < last, out);
         _tile_release();
         return;
     }
 #endif
-    for (long block = first_block; block < last_block; block++)
+    for (long block = first; block < last; block++)
         for (long row = 0; row < count; row += ROWS)
-            some(weight, rows, row, count - row < ROWS ? count - row : ROWS, block, out);
+            some(weight, kind, rows, row, least(count - row, ROWS), block, out);
 }
 
-/* out [rows, outputs] = x [rows, inputs] times the weight. Returns 0, or 1 where there is no memory. */
-int omni_product_int8(const Weight *weight, const float *x, long rows, float *out)
+INLINE void prepare(Kind kind, const float *x, long inputs, const Rows *rows, long row)
 {
-    long blocks = (weight->outputs + OUTPUTS - 1) / OUTPUTS, bytes = 64 * tiles_of(weight->inputs);
-    long most = rows < HELD_ROWS ? rows : HELD_ROWS;
-    long held = (most + 31) / 32 * 32; /* matrix units read rows that are not there, too */
-    if (most <= ROWS)
-        held = most;
+#ifdef HAS_TILES
+    if (kind == BF16 && has_tiles()) {
+        narrow(x, inputs, rows, row);
+        return;
+    }
+#endif
+    if (kind == BF16)
+        copy(x, inputs, rows, row);
+    else
+        quantise(x, inputs, rows, row);
+}
+
+INLINE int product(const Weight *weight, Kind kind, const float *x, long rows, float *out)
+{
+    long tiles = tiles_of_output(weight, kind), blocks = (weight->outputs + OUTPUTS - 1) / OUTPUTS;
+    long most = least(rows, HELD_ROWS);
+    int in_tiles = takes_tiles(kind, most);
+    long held = in_tiles && most > 16 ? (most + 31) / 32 * 32 : most; /* tiles read rows that are not kept, too */
+    long bytes = 64 * tiles * (kind == BF16 && !in_tiles ? 2 : 1);
     char *memory = malloc((size_t)held * (size_t)(bytes + 8) + 64);
     if (!memory)
         return 1;
-    Rows own = {(int8_t *)(memory + (64 - (uintptr_t)memory % 64)), NULL, NULL, bytes};
+    Rows own = {memory + (64 - (uintptr_t)memory % 64), NULL, NULL, bytes};
     own.scale = (float *)(own.values + held * bytes);
     own.surplus = (int32_t *)(own.scale + held);
     for (long start = 0; start < rows; start += HELD_ROWS) {
-        long count = rows - start < HELD_ROWS ? rows - start : HELD_ROWS;
+        long count = least(rows - start, HELD_ROWS);
         const float *read = x + start * weight->inputs;
         float *written = out + start * weight->outputs;
 #pragma omp parallel for schedule(static) if (count >= LEAST_ROWS)
         for (long row = 0; row < count; row++)
-            quantise(read + row * weight->inputs, weight->inputs, &own, row);
-#pragma omp parallel if (blocks * bytes * OUTPUTS >= LEAST_BYTES)
+            prepare(kind, read + row * weight->inputs, weight->inputs, &own, row);
+#pragma omp parallel if (blocks * tiles * TILE >= LEAST_BYTES)
         {
             long threads = omp_get_num_threads(), thread = omp_get_thread_num();
-            multiply(weight, &own, count, blocks * thread / threads, blocks * (thread + 1) / threads, written);
+            multiply(weight, kind, &own, count, blocks * thread / threads, blocks * (thread + 1) / threads, written);
         }
     }
     free(memory);
     return 0;
+}
+
+/* out [rows, outputs] = x [rows, inputs] times a weight in 8 bits. Returns 0, or 1 where there is no memory. */
+int omni_product_int8(const Weight *weight, const float *x, long rows, float *out)
+{
+    return product(weight, INT8, x, rows, out);
+}
+
+/* The same with a weight in bfloat16. */
+int omni_product_bf16(const Weight *weight, const float *x, long rows, float *out)
+{
+    return product(weight, BF16, x, rows, out);
 }
 
 /* Bytes that a weight takes in tiles: `width` is that of a number. */

@@ -24,11 +24,12 @@ TILE_OUTPUTS = 16
 _POINTER, _LONG = ctypes.c_void_p, ctypes.c_long
 _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "omni_product_int8": (ctypes.c_int, (_POINTER, _POINTER, _LONG, _POINTER)),
+    "omni_product_bf16": (ctypes.c_int, (_POINTER, _POINTER, _LONG, _POINTER)),
     "omni_tiled_bytes": (_LONG, (_LONG,) * 3),
     "omni_tile": (None, (_POINTER, _LONG, _LONG, _LONG, _LONG, ctypes.c_uint8, _POINTER)),
 }
-_CALLS = {torch.int8: "omni_product_int8"}
-_OFFSETS = {torch.int8: 128}
+_CALLS = {torch.int8: "omni_product_int8", torch.bfloat16: "omni_product_bf16"}
+_OFFSETS = {torch.int8: 128, torch.bfloat16: 0}
 """Added to each byte of a weight: bytes without a sign are multiplied with those that have one."""
 
 
@@ -51,7 +52,7 @@ class TiledWeight:
         outputs: rows of the weight.
         inputs: columns of the weight.
         dtype: of its numbers.
-        scale: of each output, float32 [out].
+        scale: of each output, float32 [out]; none for bfloat16.
         bias: float32 [out], or None.
 
     Raises:
@@ -59,7 +60,7 @@ class TiledWeight:
     """
 
     def __init__(
-        self, outputs: int, inputs: int, *, dtype: torch.dtype, scale: Tensor, bias: Tensor | None
+        self, outputs: int, inputs: int, *, dtype: torch.dtype, scale: Tensor | None, bias: Tensor | None
     ) -> None:
         library = _library()
         if library is None:
@@ -71,7 +72,7 @@ class TiledWeight:
         self._multiply: Callable[..., int] = getattr(library, _CALLS[dtype])
         self._weight = _Weight(
             self._place.memory.data_ptr(),
-            scale.data_ptr(),
+            None if scale is None else scale.data_ptr(),
             None if bias is None else bias.data_ptr(),
             outputs,
             inputs,
@@ -109,9 +110,12 @@ class TiledWeight:
 
 @cache
 def _library() -> ctypes.CDLL | None:
-    library = compiled(SOURCE)
-    if library is not None:
-        for name, (result, arguments) in _SIGNATURES.items():
-            getattr(library, name).restype = result
-            getattr(library, name).argtypes = arguments
+    return _declared(compiled(SOURCE))
+
+
+def _declared(library: ctypes.CDLL | None) -> ctypes.CDLL | None:
+    """The same, told what its calls take."""
+    for name, (result, arguments) in _SIGNATURES.items() if library is not None else ():
+        getattr(library, name).restype = result
+        getattr(library, name).argtypes = arguments
     return library

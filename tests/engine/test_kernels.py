@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from omni_adapter.engine import kernels, products
+from omni_adapter.engine import compiling, kernels, products
 from omni_adapter.engine.kernels import KERNELS, Kernel, RowwiseInt8, allowed, quantise_rows, why_not
+from omni_adapter.engine.precision import processor_capabilities
 from omni_adapter.engine.selection import Selection, Shape
 from omni_adapter.errors import ConfigError
 
@@ -122,17 +123,44 @@ def test_tiles_come_out_the_same_with_any_number_of_threads(kernel):
         torch.set_num_threads(threads)
 
 
+@pytest.mark.skipif(not TILED, reason="no C compiler here")
+@pytest.mark.parametrize("processor", ["x86-64", "haswell", "alderlake", "icelake-server"])
+@torch.no_grad()
+def test_tiles_are_right_on_other_processors(processor, monkeypatch, tmp_path):
+    """With fewer instructions than this machine may have, down to none for products of bytes."""
+    monkeypatch.setattr(compiling, "_TRIED", ((f"-march={processor}", "-fopenmp", "-Wno-psabi"),))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    needed = {"haswell": "avx2", "alderlake": "avx_vnni", "icelake-server": "avx512_vnni"}.get(processor)
+    if needed and not processor_capabilities().get(needed):
+        pytest.skip(f"this processor has no {needed}")
+    library = products._declared(compiling.compiled.__wrapped__(products.SOURCE))
+    if library is None:
+        pytest.skip(f"no compiler for {processor} here")
+    monkeypatch.setattr(products, "_library", lambda: library)
+    torch.manual_seed(0)
+    weight, bias, rows = torch.randn(131, 300), torch.randn(131), torch.randn(19, 300)
+    weight[0], rows[0] = weight.abs().max(), 1.0  # where sums that are too narrow would overflow
+    expected = F.linear(rows, weight, bias)
+    for name in ("tiled-int8", "tiled-bf16"):
+        made = KERNELS[name](weight, bias)
+        came = made(rows)
+        assert relative(came, expected) <= 1e-2
+        assert torch.equal(made(rows[3:10]), came[3:10])
+        assert torch.equal(made(rows[4:5]), came[4:5])
+
+
 def test_without_a_compiler_tiles_are_not_offered(monkeypatch):
     monkeypatch.setattr(products, "_library", lambda: None)
     monkeypatch.setattr(products, "why_not", lambda source: "no C compiler here")
     monkeypatch.setattr(kernels, "_why_not", kernels._why_not.__wrapped__)
-    assert why_not(KERNELS["tiled-int8"]) == "this machine has no such operator: no C compiler here"
+    for name in ("tiled-int8", "tiled-bf16"):
+        assert why_not(KERNELS[name]) == "this machine has no such operator: no C compiler here"
     assert not [kernel for kernel in allowed("int8") if kernel.name.startswith("tiled")]
 
 
 @torch.no_grad()
 def test_quantised_rows_are_half_a_step_off_at_most(monkeypatch):
-    monkeypatch.setattr(kernels, "_QUANTISED_ROWS", 5)
+    monkeypatch.setattr(kernels, "_PIECE_ROWS", 5)
     torch.manual_seed(0)
     weight = torch.randn(13, 32) * torch.logspace(-3, 3, 13)[:, None]
     weight[4] = 0
