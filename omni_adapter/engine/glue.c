@@ -10,7 +10,7 @@
 #include <string.h>
 
 #define INLINE static inline __attribute__((always_inline))
-#define LEAST_WORK (1 << 19)  /* multiplications for which a second thread pays */
+#define LEAST_WORK (1 << 17)  /* numbers read and multiplied for which a second thread pays */
 #define LEAST_GATES (1 << 15) /* and gates */
 
 /* e^x within two units in the last place, in operations that compilers turn into vectors. */
@@ -195,7 +195,7 @@ int omni_attend(const float *query, long query_row, const float *keys, long key_
 {
     int failed = 0;
     long tasks = rows * kv_heads;
-#pragma omp parallel for schedule(static) if (tasks > 1 && tasks * group * steps * width > LEAST_WORK)
+#pragma omp parallel for schedule(static) if (tasks > 1 && tasks * (group + 3) * steps * width > LEAST_WORK)
     for (long task = 0; task < tasks; task++) {
         long row = task / kv_heads, head = task % kv_heads;
         const float *own_query = query + row * query_row + head * group * width;
