@@ -1,9 +1,9 @@
 /* Products of a weight in 8 bits, or in bfloat16, and rows in float32.
  *
- * The weight [outputs, inputs] lies in tiles of 16 outputs and 64 bytes of each of them: [outputs / 16][bytes / 64]
- * [16 groups][16 outputs][4 bytes], padded with zeros. So it is read from the first byte to the last, by vectors
- * for few rows and by matrix units for many. A row is quantised by itself, and computed in the same order whatever
- * stands beside it, so that rows come out in a batch as they do alone.
+ * The weight [outputs, inputs] lies in tiles of 16 outputs and 64 bytes of each of them:
+ * [outputs / 16][bytes / 64][16 groups][16 outputs][4 bytes], padded with zeros. So it is read from the first byte
+ * to the last, by vectors for few rows and by matrix units for many. A row is quantised by itself, and computed in
+ * the same order whatever stands beside it, so that rows come out in a batch as they do alone.
  */
 
 #include <math.h>
@@ -29,16 +29,20 @@ static int omp_get_thread_num(void) { return 0; }
 #define INLINE static inline __attribute__((always_inline))
 
 enum {
-    OUTPUTS = 16,       /* of a tile */
-    GROUPS = 16,        /* of a tile, of 4 bytes */
+    OUTPUTS = 16, /* of a tile */
+    GROUPS = 16,  /* of a tile, of 4 bytes */
     TILE = OUTPUTS * GROUPS * 4,
-    ROWS = 8,           /* that vectors take at once */
-    HELD_ROWS = 256,    /* that are quantised at once */
+#ifdef __AVX512F__
+    ROWS = 8, /* that vectors take at once, so many that their sums stay in registers */
+#else
+    ROWS = 3,
+#endif
+    HELD_ROWS = 256, /* that are quantised at once */
     LIMIT = 127,
-    MIDDLE = 128,       /* added to weights in 8 bits, as products are of unsigned and signed bytes */
+    MIDDLE = 128,          /* added to weights in 8 bits, as products are of unsigned and signed bytes */
     LEAST_BYTES = 1 << 16, /* of a weight for which a second thread pays */
-    LEAST_ROWS = 16,    /* that are quantised by several threads */
-    AHEAD = 2048,       /* bytes of a weight that are asked for beforehand */
+    LEAST_ROWS = 16,       /* that are quantised by several threads */
+    AHEAD = 2048,          /* bytes of a weight that are asked for beforehand */
 };
 
 /* What the numbers of a weight are. */
@@ -52,8 +56,8 @@ typedef struct {
     long outputs, inputs;
 } Weight;
 
-/* Rows as they are multiplied, `bytes` apart and filled up with zeros: in 8 bits, in bfloat16 for matrix units, or
- * in float32. Those in 8 bits have a scale, and MIDDLE times the sum of their bytes. */
+/* Rows as they are multiplied, `bytes` apart and filled up with zeros: in 8 bits, in bfloat16 for matrix units,
+ * or in float32. Those in 8 bits have a scale, and MIDDLE times the sum of their bytes. */
 typedef struct {
     char *values;
     float *scale;
@@ -63,7 +67,10 @@ typedef struct {
 
 INLINE long least(long a, long b) { return a < b ? a : b; }
 INLINE long tiles_of(long bytes) { return (bytes + 63) / 64; }
-INLINE long tiles_of_output(const Weight *weight, Kind kind) { return tiles_of(weight->inputs * (kind == BF16 ? 2 : 1)); }
+INLINE long tiles_of_output(const Weight *weight, Kind kind)
+{
+    return tiles_of(weight->inputs * (kind == BF16 ? 2 : 1));
+}
 
 /* ---- rows ---- */
 
@@ -245,7 +252,8 @@ INLINE void few_bf16(const Weight *weight, const Rows *rows, long first, int cou
     }
 }
 
-INLINE void few(const Weight *weight, Kind kind, const Rows *rows, long first, int count, long block, float *out)
+INLINE void few(const Weight *weight, Kind kind, const Rows *rows, long first, int count, long block,
+                float *out)
 {
     if (kind == BF16)
         few_bf16(weight, rows, first, count, block, out);
@@ -253,17 +261,20 @@ INLINE void few(const Weight *weight, Kind kind, const Rows *rows, long first, i
         few_int8(weight, rows, first, count, block, out);
 }
 
-INLINE void some(const Weight *weight, Kind kind, const Rows *rows, long first, long count, long block, float *out)
+INLINE void some(const Weight *weight, Kind kind, const Rows *rows, long first, long count, long block,
+                 float *out)
 {
     switch (count) {
     case 1: few(weight, kind, rows, first, 1, block, out); break;
     case 2: few(weight, kind, rows, first, 2, block, out); break;
+#ifdef __AVX512F__
     case 3: few(weight, kind, rows, first, 3, block, out); break;
     case 4: few(weight, kind, rows, first, 4, block, out); break;
     case 5: few(weight, kind, rows, first, 5, block, out); break;
     case 6: few(weight, kind, rows, first, 6, block, out); break;
     case 7: few(weight, kind, rows, first, 7, block, out); break;
-    default: few(weight, kind, rows, first, 8, block, out);
+#endif
+    default: few(weight, kind, rows, first, ROWS, block, out);
     }
 }
 
@@ -306,8 +317,8 @@ INLINE void ask_for(const uint8_t *tile)
 }
 
 /* 32 rows, of which `count` are kept, with 16 or 32 outputs. */
-INLINE void many(const Weight *weight, Kind kind, const Rows *rows, long first, long count, long block, int pair,
-                 float *out)
+INLINE void many(const Weight *weight, Kind kind, const Rows *rows, long first, long count, long block,
+                 int pair, float *out)
 {
     long tiles = tiles_of_output(weight, kind);
     const uint8_t *left = weight->weight + block * tiles * TILE, *right = left + pair * tiles * TILE;
@@ -318,12 +329,12 @@ INLINE void many(const Weight *weight, Kind kind, const Rows *rows, long first, 
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-#define DOT(sums, rows, weights)                                                                                      \
-    do {                                                                                                              \
-        if (kind == BF16)                                                                                             \
-            _tile_dpbf16ps(sums, rows, weights);                                                                      \
-        else                                                                                                          \
-            _tile_dpbsud(sums, rows, weights);                                                                        \
+#define DOT(sums, rows, weights)                            \
+    do {                                                    \
+        if (kind == BF16)                                   \
+            _tile_dpbf16ps(sums, rows, weights);            \
+        else                                                \
+            _tile_dpbsud(sums, rows, weights);              \
     } while (0)
     for (long tile = 0; tile < tiles; tile++) {
         ask_for(left + tile * TILE);
@@ -363,7 +374,8 @@ INLINE int takes_tiles(Kind kind, long count)
 }
 
 /* Rows that are held with the outputs of a part of all blocks. */
-INLINE void multiply(const Weight *weight, Kind kind, const Rows *rows, long count, long first, long last, float *out)
+INLINE void multiply(const Weight *weight, Kind kind, const Rows *rows, long count, long first, long last,
+                     float *out)
 {
 #ifdef HAS_TILES
     if (takes_tiles(kind, count)) {
@@ -399,7 +411,9 @@ INLINE int product(const Weight *weight, Kind kind, const float *x, long rows, f
     long tiles = tiles_of_output(weight, kind), blocks = (weight->outputs + OUTPUTS - 1) / OUTPUTS;
     long most = least(rows, HELD_ROWS);
     int in_tiles = takes_tiles(kind, most);
-    long held = in_tiles && most > 16 ? (most + 31) / 32 * 32 : most; /* tiles read rows that are not kept, too */
+    long held = most;
+    if (in_tiles && most > OUTPUTS)
+        held = (most + 31) / 32 * 32; /* tiles read rows that are not kept, too */
     long bytes = 64 * tiles * (kind == BF16 && !in_tiles ? 2 : 1);
     char *memory = malloc((size_t)held * (size_t)(bytes + 8) + 64);
     if (!memory)
@@ -417,7 +431,8 @@ INLINE int product(const Weight *weight, Kind kind, const float *x, long rows, f
 #pragma omp parallel if (blocks * tiles * TILE >= LEAST_BYTES)
         {
             long threads = omp_get_num_threads(), thread = omp_get_thread_num();
-            multiply(weight, kind, &own, count, blocks * thread / threads, blocks * (thread + 1) / threads, written);
+            multiply(weight, kind, &own, count, blocks * thread / threads, blocks * (thread + 1) / threads,
+                     written);
         }
     }
     free(memory);
@@ -442,7 +457,8 @@ long omni_tiled_bytes(long outputs, long inputs, long width)
     return (outputs + OUTPUTS - 1) / OUTPUTS * tiles_of(inputs * width) * TILE;
 }
 
-/* Write some outputs of a weight, from `first` on, a multiple of 16, into their tiles, which are zeros before. */
+/* Write some outputs of a weight, from `first` on, a multiple of 16, into their
+ * tiles, which are zeros before. */
 void omni_tile(const uint8_t *weight, long first, long outputs, long inputs, long width, uint8_t offset,
                uint8_t *tiled)
 {
