@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 _TOLERANCE = 2e-5  # of the largest value
 _SMALL = 1e-3  # of numbers of which a norm's epsilon is a good part
-_FAR = 1 << 15  # positions, for an LM whose positions have no end
+_FAR = 1 << 20  # positions, for an LM whose positions do not end before
 _LOUD = 100.0  # largest product of queries and keys where caps and clips are to show
 _LOUD_TOLERANCE = 1e-3
 _PADDING = 2  # columns before the shorter row
