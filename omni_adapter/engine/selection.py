@@ -15,9 +15,9 @@ from omni_adapter.errors import ConfigError
 
 _TRIED_ELEMENTS = 1 << 23  # of a larger weight only so much is tried
 _TRIED_BYTES = 1 << 23  # of weights that are read in turn, so that they come from memory
-_MAX_COPIES = 8
+_MAX_COPIES = 64
 _ROUNDS = 3
-_MARGIN = 0.95  # another kernel than the preferred one must be this much quicker
+_MARGIN = 0.95  # another kernel than the preferred, or one for each sibling, must be this much quicker
 _LEAST_ELEMENTS = 1 << 16  # of smaller weights nothing is gained
 _PROMPT_ROWS = 64
 _PROMPT_SHARE = 0.05  # of a prompt's time that counts beside that of a step
@@ -98,7 +98,7 @@ class Selection:
         return best
 
     def fuses(self, shapes: Sequence[Shape]) -> bool:
-        """Whether one product for siblings of these shapes is no slower than one for each."""
+        """Whether one product for siblings of these shapes is about as quick as one for each, or quicker."""
         whole = Shape(sum(shape.outputs for shape in shapes), shapes[0].inputs, shapes[0].rows)
         kernel = self.kernel(whole)
         if kernel.name == "plain-fp32":
@@ -109,7 +109,7 @@ class Selection:
         apart = sum(
             self._seconds(self.kernel(shape), shape) * shape.outputs / shape.tried.outputs for shape in shapes
         )
-        return math.isinf(together) or together <= apart
+        return math.isinf(together) or _MARGIN * together <= apart
 
     def _seconds(self, kernel: type[Kernel], shape: Shape) -> float:
         """Seconds of a kernel for the part of a shape that is tried, infinite if there is no time left."""
