@@ -19,6 +19,7 @@ from omni_adapter.engine.products import TiledWeight
 _FEW_ROWS = 3  # up to here the product that reads rows of a plain weight one by one is the quicker one
 _PIECE_ROWS = 1 << 10  # rows of a weight that are converted at once
 _INT8_LIMIT = 127
+_LANES = 16
 _LEAST_SCALE = 1e-30  # of a row of zeros
 _CHECKED_SHAPE = (3, 48, 64)  # rows, in, out of the product that a kernel is tried on
 
@@ -191,7 +192,10 @@ class WeightOnlyInt8(Kernel):
     name, precision, tolerance = "weight-only-int8", "int8", 3e-2
 
     def __init__(self, weight: Tensor, bias: Tensor | None, *, used: Used | None = None) -> None:
-        self.weight, scale = quantise_rows(weight, used=used)
+        quantised, scale = quantise_rows(weight, used=used)
+        # The operator reads so many columns at once, and beyond the end where they are fewer.
+        self.missing = -weight.shape[1] % _LANES
+        self.weight = F.pad(quantised, (0, self.missing)) if self.missing else quantised
         self.scale = scale.to(torch.bfloat16)
         self.bias = _float(bias)
         self.nbytes = self.weight.nbytes + self.scale.nbytes
@@ -199,6 +203,8 @@ class WeightOnlyInt8(Kernel):
     def __call__(self, x: Tensor) -> Tensor:
         """As every kernel."""
         rows = x.reshape(-1, x.shape[-1]).to(torch.bfloat16).contiguous()
+        if self.missing:
+            rows = F.pad(rows, (0, self.missing))
         product: Tensor = torch.ops.aten._weight_int8pack_mm(rows, self.weight, self.scale)
         product = product.view(*x.shape[:-1], -1)
         return product.to(x.dtype) if self.bias is None else (product + self.bias).to(x.dtype)

@@ -118,7 +118,7 @@ class Attention:
         key_rows = projected.as_strided((rows, 1, keys), (row, keys, 1), start + queries)
         self._turn(query, self.heads, self.query_norm, tables, calls)
         self._turn(key_rows, self.kv_heads, self.key_norm, tables, calls)
-        all_keys, all_values = update(*self.to_store(projected))
+        all_keys, all_values = map(readable, update(*self.to_store(projected)))
         return calls.attend(query, all_keys, all_values, mask, self.scale)
 
     def to_store(self, projected: Tensor) -> tuple[Tensor, Tensor]:
@@ -302,7 +302,7 @@ class FusedFormula:
             places = table_places(tables, attention.rotation.turned)
         read, written = hidden.data_ptr(), scratch.data_ptr()
         failed = calls.begin_layer(self._address, read, rows, *places, written, projected.data_ptr())
-        keys, values = update(*attention.to_store(projected))
+        keys, values = map(readable, update(*attention.to_store(projected)))
         steps, out = keys.shape[2], torch.empty_like(hidden)
         assert mask is None or mask.shape[3] == steps
         failed = failed or calls.end_layer(
@@ -486,6 +486,13 @@ def quick_block(block: TtsBlock) -> QuickBlock:
             Gated("silu"),
         )
     )
+
+
+def readable(states: Tensor) -> Tensor:
+    """Keys or values as the compiled calls read them, which is how nearly all caches give them."""
+    if states.dtype == torch.float32 and states.stride(3) == 1:
+        return states
+    return states.float().contiguous()
 
 
 def is_step(hidden: Any) -> bool:

@@ -42,6 +42,18 @@ def test_activations_keep_their_type(kernel):
     assert relative(came, F.linear(x, weight)) <= 3e-2
 
 
+@pytest.mark.parametrize("kernel", USABLE, ids=lambda kernel: kernel.name)
+@pytest.mark.parametrize(("outputs", "inputs"), [(29, 37), (17, 16), (100, 24)])
+@torch.no_grad()
+def test_odd_sizes(kernel, outputs, inputs):
+    torch.manual_seed(0)
+    weight, x = torch.randn(outputs, inputs), torch.randn(3, inputs)
+    own = kernel(weight, None)
+    assert relative(own(x), F.linear(x, weight)) <= kernel.tolerance
+    if kernel.name == "weight-only-int8":
+        assert own.weight.shape[1] % 16 == 0, "torch's operator reads beyond the end of other rows"
+
+
 @torch.no_grad()
 def test_plain_kernel_is_bit_identical():
     torch.manual_seed(0)
