@@ -13,6 +13,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Sequence
 from functools import cache
@@ -26,6 +27,9 @@ _COMPILERS = ("cc", "gcc", "clang")
 _ALWAYS = ("-std=gnu11", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast")
 _TRIED = (("-march=native", "-fopenmp"), ("-march=native",), ("-fopenmp",), ())
 """Flags that not every compiler knows, the most wanted first."""
+
+_ALL_FOUND = ("-Wl,-z,defs",) if sys.platform == "linux" else ()
+"""Fails where the thread runtime is none of the compiler's, so that other flags are tried."""
 
 _FORBIDDEN = "OMNI_ADAPTER_NATIVE"
 _SECONDS = 120  # a compiler that takes longer is taken for broken
@@ -103,7 +107,7 @@ def _fingerprint(source: Path, compiler: str) -> str:
         compiler.encode(),
         version,
         _processor().encode(),
-        repr((_ALWAYS, _TRIED, torch.__version__, torch.__file__)).encode(),
+        repr((_ALWAYS, _TRIED, _ALL_FOUND, torch.__version__, torch.__file__)).encode(),
     )
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:24]
 
@@ -125,7 +129,7 @@ def _compile(source: Path, compiler: str, folder: Path) -> Path:
         runtime = _thread_runtime() if "-fopenmp" in flags else ()
         commands: tuple[Sequence[str], ...] = (
             (compiler, *_ALWAYS, *flags, "-c", str(source), "-o", str(unit)),
-            (compiler, "-shared", str(unit), "-o", str(library), *runtime, "-lm"),
+            (compiler, "-shared", str(unit), "-o", str(library), *runtime, "-lm", *_ALL_FOUND),
         )
         for command in commands:
             done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
@@ -140,7 +144,7 @@ def _compile(source: Path, compiler: str, folder: Path) -> Path:
 def _first_error(said: str) -> str:
     """The line in which a compiler tells what is wrong."""
     lines = said.splitlines() or ["it said nothing"]
-    return next((line for line in lines if "error" in line.lower()), lines[0])
+    return next((line for line in lines if "error" in line.lower() or "undefined" in line), lines[0])
 
 
 def _thread_runtime() -> tuple[str, ...]:

@@ -79,6 +79,14 @@ def test_compiling_can_be_forbidden(tmp_path, monkeypatch):
 
 
 @needs_compiler
+@pytest.mark.skipif(sys.platform != "linux", reason="other linkers tell otherwise")
+def test_a_source_that_lacks_something_is_done_without(tmp_path):
+    source = source_of(tmp_path, "int missing(void);\nint omni_answer(void) { return missing(); }\n")
+    assert compiled(source) is None
+    assert "undefined reference to `missing'" in why_not(source)
+
+
+@needs_compiler
 def test_a_library_that_cannot_be_loaded_is_done_without(tmp_path):
     source = source_of(tmp_path, SOURCE)
     compiling._built(source).write_bytes(b"cut off")
