@@ -42,7 +42,7 @@ enum {
     MIDDLE = 128,          /* added to weights in 8 bits, as products are of unsigned and signed bytes */
     LEAST_BYTES = 1 << 16, /* of a weight for which a second thread pays */
     LEAST_ROWS = 16,       /* that are quantised by several threads */
-    AHEAD = 2048,          /* bytes of a weight that are asked for beforehand */
+    AHEAD = 1 << 11,       /* bytes of a weight that are asked for beforehand */
 };
 
 /* What the numbers of a weight are. */
