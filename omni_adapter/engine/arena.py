@@ -6,6 +6,7 @@ none is left goes back. Knows nothing of what is stored.
 """
 
 import mmap
+import threading
 import weakref
 from collections import deque
 from typing import ClassVar
@@ -52,9 +53,13 @@ class Place:
     _chunks: ClassVar[weakref.WeakSet[_Chunk]] = weakref.WeakSet()
     """Those in which something lies."""
 
+    _taking: ClassVar[threading.Lock] = threading.Lock()
+    """Held while a place is looked for; what is given back waits in a queue and needs none."""
+
     def __init__(self, size: int) -> None:
         needed = _rounded(size, _STEP)
-        self._chunk, start = self._find(needed)
+        with self._taking:
+            self._chunk, start = self._find(needed)
         self.memory: Tensor = self._chunk.memory[start : start + size].zero_()
         weakref.finalize(self, self._chunk.given_back.append, (start, start + needed))
 

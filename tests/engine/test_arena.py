@@ -2,6 +2,9 @@
 
 import gc
 import random
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 
 import pytest
 import torch
@@ -29,6 +32,29 @@ def test_places_do_not_overlap_whatever_comes_and_goes():
         place.memory.fill_(number)
         held[number] = place
     assert all(bool((place.memory == number).all()) for number, place in held.items())
+
+
+def test_threads_get_places_of_their_own(monkeypatch):
+    monkeypatch.setattr(arena, "_CHUNK_BYTES", 1 << 20)
+    interval_s = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+
+    def come_and_go(seed: int) -> list[Place]:
+        rng, held = random.Random(seed), []
+        for _ in range(3000):
+            if held and rng.random() < 0.5:
+                held.pop(rng.randrange(len(held)))
+            else:
+                held.append(Place(rng.choice([64, 640, 4096])))
+        return held
+
+    try:
+        with ThreadPoolExecutor(6) as pool:
+            held = [place for places in list(pool.map(come_and_go, range(6))) for place in places]
+    finally:
+        sys.setswitchinterval(interval_s)
+    spans = sorted((at := place.memory.data_ptr(), at + place.memory.nbytes) for place in held)
+    assert all(end <= start for (_, end), (start, _) in pairwise(spans))
 
 
 def test_the_room_of_what_is_dropped_is_used_again():
