@@ -22,7 +22,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -38,6 +38,9 @@ ANSWER_LEVEL_DB = -3.0
 ANSWER_MARGIN_S = 0.06
 VOICE_SENTENCES = 2000
 """Sentences for the codec."""
+
+TIMES_ALONE = 2
+"""How often each voice says each word by itself."""
 
 CHUNK = 16
 """Recordings that a process takes at a time."""
@@ -136,8 +139,9 @@ def question_rows(
 
 
 def dictation_rows(out: Path) -> Iterator[tuple[dict[str, object], Clip]]:
-    """Yield rows of word lists with their recordings, by the voices of training in turn."""
-    for number, text in enumerate(world.dictations()):
+    """Yield rows of word lists, and of words alone, spoken by the voices of training in turn."""
+    alone = (word for word in world.vocabulary() for _ in range(TIMES_ALONE * len(voices.SEEN)))
+    for number, text in enumerate((*world.dictations(), *alone)):
         voice = voices.SEEN[number % len(voices.SEEN)]
         name = f"speech/dictation/{number:05d}.wav"
         row: dict[str, object] = {
@@ -148,6 +152,18 @@ def dictation_rows(out: Path) -> Iterator[tuple[dict[str, object], Clip]]:
             "text_in": text,
         }
         yield row, Clip(out / name, text, ("dictation", number), voice)
+
+
+def reading_rows(out: Path) -> Iterator[tuple[dict[str, object], Clip]]:
+    """Yield rows of word lists that the answer voice reads out."""
+    for number, text in enumerate(world.readings()):
+        row: dict[str, object] = {
+            "id": f"reading-{number}",
+            "task": "tts",
+            "audio_out": answer_path(text),
+            "text_out": text,
+        }
+        yield row, Clip(out / answer_path(text), text)
 
 
 def written_rows() -> Iterator[dict[str, object]]:
@@ -187,11 +203,14 @@ def build(out: Path, *, renditions: int = 2, jobs: int = 1) -> None:
         rows, clips = zip(*dictation_rows(out), strict=True)
         _make(pool, "dictations", clips)
         write_rows(out / "rows_dictation.jsonl", rows)
+        rows, clips = zip(*reading_rows(out), strict=True)
+        _make(pool, "readings", {clip.path: clip for clip in clips}.values())
+        write_rows(out / "rows_reading.jsonl", rows)
     write_rows(out / "rows_written.jsonl", written_rows())
     write_rows(out / "rows_train.jsonl", train)
 
 
-def _make(pool: ProcessPoolExecutor, name: str, clips: Sequence[Clip]) -> None:
+def _make(pool: ProcessPoolExecutor, name: str, clips: Iterable[Clip]) -> None:
     start = time.monotonic()
     made = list(pool.map(make_clip, clips, chunksize=CHUNK))
     hours, new = sum(seconds for seconds, _ in made) / 3600, sum(is_new for _, is_new in made)

@@ -7,7 +7,9 @@ models or codecs. The same command goes on after a stop, from the state in ``OUT
 
 It learns with the CTC loss (Graves et al. 2006), through the very classes that hear for a talker, so that
 recordings are as long as they are here too: first letters, then whole words, so that an adapter finds
-words in its last frames. The layers that read them are not kept. Speed, voice and channel are varied in the
+words in its last frames. Then it goes on with lists of words that mean nothing, and words alone: from
+questions by themselves it learns which words follow which, and puts them where they are expected. The layers
+that read letters and words are not kept. Speed, voice and channel are varied in the
 features (SpecAugment, Park et al. 2019, and stretched axes).
 """
 
@@ -52,6 +54,17 @@ SIZES = {
 }
 
 SCHEDULE = Schedule(num_steps=6000, learning_rate=2e-3, warmup_steps=200, weight_decay=0.01, check_every=250)
+LISTS_SCHEDULE = Schedule(
+    num_steps=2000, learning_rate=1.2e-3, warmup_steps=100, weight_decay=0.01, check_every=250
+)
+"""How lists are learned, after the questions."""
+
+LISTS_SHARES = {"questions": 0.35, "lists": 0.35, "alone": 0.3}
+"""What is drawn then."""
+
+HELD_OUT_LISTS = 50
+"""One list of so many is kept back, to judge by."""
+
 BATCH_SIZE = 32
 
 LETTERS = " abcdefghijklmnopqrstuvwxyz"
@@ -264,21 +277,32 @@ class EncoderTraining:
     Attributes:
         reader: what learns.
         clips: what it hears.
+        sources: how many of them belong together, in their order, and how large the share is that they have.
         batch_size: recordings a step.
         seed: decides which recordings a step takes and how they are varied.
+        letter_steps: steps in which the last frames learn letters.
+        flat_steps: steps in which letters are expected evenly spread as well.
     """
 
     reader: Reader
     clips: Clips
+    sources: Sequence[tuple[int, float]] = ()
     batch_size: int = BATCH_SIZE
     seed: int = 0
+    letter_steps: int = field(default_factory=lambda: LETTER_STEPS)
+    flat_steps: int = field(default_factory=lambda: FLAT_STEPS)
 
     def __post_init__(self) -> None:
         texts = [clip.text.split() for clip in self.clips.clips]
-        counts = Counter(word for words in texts for word in words)
-        self.chances = torch.tensor(
-            [sum(counts[word] ** -RARITY_POWER for word in words) / len(words) for words in texts]
-        )
+        chances = []
+        for size, share in self.sources or ((len(texts), 1.0),):
+            own, texts = texts[:size], texts[size:]
+            counts = Counter(word for words in own for word in words)
+            rarities = torch.tensor(
+                [sum(counts[word] ** -RARITY_POWER for word in words) / len(words) for words in own]
+            )
+            chances.append(share * rarities / rarities.sum())
+        self.chances = torch.cat(chances)
 
     def batch(self, step: int) -> Batch:
         """Return the recordings of a step: of a group that is drawn at once, those of about one length."""
@@ -298,9 +322,9 @@ class EncoderTraining:
         with torch.autocast(device.type, torch.bfloat16):
             scores = self.reader(batch.features.to(device), batch.lengths.to(device))
         steps = scores.num_frames.cpu()
-        flat = 1 - step / FLAT_STEPS
+        flat = 1 - step / self.flat_steps if self.flat_steps else 0.0
         early_loss = self._letter_loss(_log_shares(scores.early_letters), steps, batch, flat=flat)
-        if step < LETTER_STEPS:
+        if step < self.letter_steps:
             loss = self._letter_loss(_log_shares(scores.letters), steps, batch, flat=flat)
         else:
             self.reader.reads_words = True
@@ -385,11 +409,37 @@ def save_encoder(reader: Reader, folder: Path) -> Reader:
     return rounded
 
 
+class Recordings(NamedTuple):
+    """What there is to be heard, by set."""
+
+    train: Mapping[str, Clips]  # questions, lists, alone
+    heldout: Mapping[str, Clips]  # seen and unseen, questions in such voices; lists
+
+    def some(self) -> dict[str, Clips]:
+        """Return a part of the held-out sets, to judge by on the way."""
+        return {name: Clips(clips.clips[:_CHECKED], clips.log_mel) for name, clips in self.heldout.items()}
+
+
+def read_recordings(world: Path, log_mel: LogMel) -> Recordings:
+    """Read which recordings the folder of a world has."""
+    dictated = read_clips(world / "rows_dictation.jsonl")
+    lists = [clip for clip in dictated if " " in clip.text]
+    train = {
+        "questions": read_clips(world / "rows_train.jsonl"),
+        "lists": [clip for number, clip in enumerate(lists) if number % HELD_OUT_LISTS],
+        "alone": [clip for clip in dictated if " " not in clip.text],
+    }
+    heldout = {name: read_clips(world / f"rows_heldout_{name}.jsonl") for name in ("seen", "unseen")}
+    heldout["lists"] = lists[::HELD_OUT_LISTS]
+    return Recordings(*({name: Clips(c, log_mel) for name, c in sets.items()} for sets in (train, heldout)))
+
+
 def train_encoder(
     world: Path,
     out: Path,
     *,
     schedule: Schedule = SCHEDULE,
+    lists_schedule: Schedule = LISTS_SCHEDULE,
     device: str = "cpu",
     batch_size: int = BATCH_SIZE,
     seed: int = 0,
@@ -398,43 +448,72 @@ def train_encoder(
     """Train, or go on with training, and write the encoder.
 
     Args:
-        world: folder with ``rows_train.jsonl`` and, of seen and unseen voices, ``rows_heldout_*.jsonl``.
+        world: folder with ``rows_train.jsonl``, ``rows_dictation.jsonl`` and, of seen and unseen voices,
+            ``rows_heldout_*.jsonl``.
         out: folder to write to once training is over. What is needed to go on is in ``OUT-training``.
-        schedule: how long and how fast.
+        schedule: how long and how fast, with questions alone.
+        lists_schedule: the same, with lists and single words as well.
         device: where to train.
         batch_size: recordings a step.
         seed: of weights, batches and variations.
-        until: stop before this step, for the next run to go on.
+        until: stop before this step, for the next run to go on; steps with lists count on.
 
     Returns:
-        Word error rate on held-out questions in seen and in unseen voices, greedy CTC.
+        Word error rate on held-out questions in seen and in unseen voices and on held-out lists, greedy CTC.
     """
-    train = read_clips(world / "rows_train.jsonl")
-    reader = make_reader(train, seed=seed).to(pick_device(device))
-    log_mel = reader.encoder.log_mel()
-    clips = Clips(train, log_mel)
-    heldout = {name: read_clips(world / f"rows_heldout_{name}.jsonl") for name in ("seen", "unseen")}
-    some = {name: Clips(found[:_CHECKED], log_mel) for name, found in heldout.items()}
+    log_mel = make_encoder(seed=seed).log_mel()
+    recordings = read_recordings(world, log_mel)
+    some = recordings.some()
+    questions = recordings.train["questions"]
+    reader = make_reader(questions.clips, seed=seed).to(pick_device(device))
     size = sum(parameter.numel() for parameter in reader.encoder.parameters())
-    print(f"{size:,} parameters, {len(clips.clips)} recordings", flush=True)
+    print(f"{size:,} parameters, {len(questions.clips)} recordings", flush=True)
     folder = training_folder(out)
     trainer = PartTrainer(reader, schedule=schedule, folder=folder)
     reader.reads_words = trainer.step > LETTER_STEPS
-    training = EncoderTraining(reader, clips, batch_size=batch_size, seed=seed)
+    training = EncoderTraining(reader, questions, batch_size=batch_size, seed=seed)
 
     def check() -> str:
         return describe(judge(save_encoder(reader, folder / "so-far"), some))
 
     trainer.run(training.loss, check, until=until)
-    rounded = save_encoder(reader, out if trainer.step >= schedule.num_steps else folder / "so-far")
-    rates = judge(rounded, {name: Clips(found, log_mel) for name, found in heldout.items()})
-    print(f"after {trainer.step} steps: {describe(rates)} (all held-out questions)", flush=True)
+    if trainer.step < schedule.num_steps or until == schedule.num_steps:
+        return judge(save_encoder(reader, folder / "so-far"), recordings.heldout)
+    together = Clips([clip for clips in recordings.train.values() for clip in clips.clips], log_mel)
+    print(f"{len(together.clips)} recordings with lists and words alone", flush=True)
+    reader = with_words_of(reader, together.clips, seed=seed)
+    trainer = PartTrainer(reader, schedule=lists_schedule, folder=folder / "lists")
+    sources = [(len(clips.clips), LISTS_SHARES[name]) for name, clips in recordings.train.items()]
+    training = EncoderTraining(
+        reader, together, sources, batch_size=batch_size, seed=seed + 2, letter_steps=0, flat_steps=0
+    )
+    trainer.run(training.loss, check, until=None if until is None else until - schedule.num_steps)
+    rounded = save_encoder(reader, out if trainer.step >= lists_schedule.num_steps else folder / "so-far")
+    rates = judge(rounded, recordings.heldout)
+    print(f"after {schedule.num_steps + trainer.step} steps: {describe(rates)} (all held out)", flush=True)
     return rates
+
+
+@torch.no_grad()
+def with_words_of(reader: Reader, clips: Sequence[Clip], *, seed: int = 0) -> Reader:
+    """Return a reader that reads the words of ``clips``, with all that another one has learned."""
+    wider = make_reader(clips, seed=seed).to(next(reader.parameters()).device)
+    learned = reader.state_dict()
+    rows = [0, *(1 + reader.word_list.index(word) for word in wider.word_list if word in reader.word_list)]
+    places = [0, *(1 + place for place, word in enumerate(wider.word_list) if word in reader.word_list)]
+    for name in ("words.weight", "words.bias"):
+        values = wider.state_dict()[name].clone()
+        values[places] = learned[name][rows]
+        learned[name] = values
+    wider.load_state_dict(learned)
+    wider.reads_words = True
+    return wider
 
 
 def describe(rates: Mapping[str, float]) -> str:
     """Write word error rates."""
-    return "held-out WER " + ", ".join(f"{rate:.1%} {name} voices" for name, rate in rates.items())
+    names = {"seen": "seen voices", "unseen": "unseen voices", "lists": "lists"}
+    return "held-out WER " + ", ".join(f"{rate:.1%} {names[name]}" for name, rate in rates.items())
 
 
 def main() -> None:

@@ -7,10 +7,13 @@ takes them; it answers questions that training held out. Knows nothing of speech
 after a stop, from the state in ``OUT-training``.
 
 Besides the records, the LM reads the wordings of training pairs that the world leaves unspoken, and counts
-further. A held-out pair occurs in none of them.
+further. A held-out pair occurs in none of them. Like LMs that have read a lot, it can do two things that
+hearing builds on (paper, section 3.3, whose base LM brings them along): it answers questions whose words come
+drawn out, with pauses between them, and it repeats any words after ``<|repeat|>`` instead of answering.
 """
 
 import json
+import random
 import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -79,6 +82,19 @@ CARD = (
 ORDER_STEPS = 800
 """Steps that take these kinds alone."""
 
+DRAWN_OUT_SHARE, REPEATED_SHARE, LISTED_SHARE = 0.35, 0.25, 0.5
+"""How many lessons have a drawn-out question, how many ask to repeat one, and how many of these list words
+at random instead."""
+
+MOST_LISTED = 9
+"""Words in such a list."""
+
+LASTING, PAUSES = (1, 1, 1, 2, 2, 3), (0, 0, 1, 1, 2, 3, 4, 5, 6, 8)
+"""How many steps a drawn-out word may take, and a pause after it."""
+
+BLUR = 0.4
+"""Noise on drawn-out words, in units of the size of their embeddings: what is heard is never quite a word."""
+
 ORDERED = (NUMBERS, DAYS, MONTHS)
 """Words whose embeddings start in order."""
 
@@ -88,7 +104,7 @@ PERIODS = (2.0, 4.0, 6.0, 10.0, 16.0, 25.0, 42.0, 84.0)
 OWN_SHARE = 0.3
 """How much of its own each ordered word has beside its place."""
 
-PAD, END = "<|pad|>", "<|end|>"
+PAD, END, PAUSE, REPEAT = "<|pad|>", "<|end|>", "<|pause|>", "<|repeat|>"
 ROLES = ("system", "user", "assistant")
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -114,7 +130,7 @@ def make_tokenizer(words: Iterable[str]) -> PreTrainedTokenizerFast:
     Text is put into the form of the world first: lower case, no punctuation. Single spaces part words, and
     decoding gives plain words again.
     """
-    special = [PAD, END, *(f"<|{role}|>" for role in ROLES)]
+    special = [PAD, END, *(f"<|{role}|>" for role in ROLES), PAUSE, REPEAT]
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=True)
     pieces = [piece for word in sorted(set(words)) for piece, _ in byte_level.pre_tokenize_str(word)]
     tokens = dict.fromkeys((*special, *sorted(pre_tokenizers.ByteLevel.alphabet()), *pieces))
@@ -184,6 +200,7 @@ class Lesson(NamedTuple):
     kind: str
     prompt: tuple[int, ...]
     answer: tuple[int, ...]  # the end included
+    drawn_out: tuple[int, int] = (0, 0)  # where the prompt has words drawn out
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
@@ -214,11 +231,45 @@ def make_lessons(records: Iterable[Mapping[str, Any]], tokenizer: PreTrainedToke
     return list(lessons)
 
 
+@dataclass(frozen=True)
+class Marks:
+    """Ids that have a place of their own in lessons."""
+
+    user: int
+    end: int
+    pause: int
+    repeat: int
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerFast) -> "Marks":
+        """Look them up."""
+        return cls(*map(tokenizer.convert_tokens_to_ids, ("<|user|>", END, PAUSE, REPEAT)))
+
+    def question(self, lesson: Lesson) -> tuple[int, int]:
+        """Return where the last question lies in a prompt, which closes it and opens the answer."""
+        after = len(lesson.prompt) - 2
+        return after - lesson.prompt[:after][::-1].index(self.user), after
+
+    def draw_out(self, lesson: Lesson, chance: random.Random) -> Lesson:
+        """Let the words of the last question take longer, with pauses between them."""
+        start, after = self.question(lesson)
+        steps = [self.pause] * chance.choice(PAUSES)
+        for word in lesson.prompt[start:after]:
+            steps += [word] * chance.choice(LASTING) + [self.pause] * chance.choice(PAUSES)
+        prompt = (*lesson.prompt[:start], *steps, *lesson.prompt[after:])
+        return lesson._replace(prompt=prompt, drawn_out=(start, start + len(steps)))
+
+    def repeating(self, words: Sequence[int]) -> Lesson:
+        """A lesson in which words are repeated."""
+        return Lesson("repeated", (self.user, *words, self.end, self.repeat), (*words, self.end))
+
+
 class Batch(NamedTuple):
     """Lessons side by side; what follows a lesson has weight 0, and a causal LM does not see it."""
 
     ids: Tensor  # int64 [B, S]
     weights: Tensor  # [B, S], of each id as something to be predicted
+    drawn_out: Tensor  # bool [B, S], where words are drawn out
 
 
 def make_batch(lessons: Sequence[Lesson], *, pad: int) -> Batch:
@@ -227,12 +278,14 @@ def make_batch(lessons: Sequence[Lesson], *, pad: int) -> Batch:
     length += -length % _MULTIPLE
     ids = torch.full((len(lessons), length), pad)
     weights = torch.zeros(len(lessons), length)
+    drawn_out = torch.zeros(len(lessons), length, dtype=torch.bool)
     for row, lesson in enumerate(lessons):
         start, end = len(lesson.prompt), len(lesson.prompt) + len(lesson.answer)
         ids[row, :end] = torch.tensor(lesson.prompt + lesson.answer)
-        weights[row, :start] = QUESTION_WEIGHT
+        weights[row, :start] = 0 if any(lesson.drawn_out) else QUESTION_WEIGHT
         weights[row, start:end] = 1
-    return Batch(ids, weights)
+        drawn_out[row, slice(*lesson.drawn_out)] = True
+    return Batch(ids, weights, drawn_out)
 
 
 @dataclass
@@ -243,6 +296,8 @@ class LmTraining:
         lm: the LM.
         lessons: what it learns.
         pad: id after the end of a lesson.
+        marks: ids of marks.
+        words: ids of all words, for lists.
         batch_size: lessons a step.
         seed: decides which lessons a step takes.
     """
@@ -250,6 +305,8 @@ class LmTraining:
     lm: PreTrainedModel
     lessons: Sequence[Lesson]
     pad: int
+    marks: Marks
+    words: Sequence[int]
     batch_size: int = BATCH_SIZE
     seed: int = 0
 
@@ -264,18 +321,43 @@ class LmTraining:
     def batch(self, step: int) -> Batch:
         """Return the lessons of a step: of a group that is drawn at once, those of about one length."""
         chance = step_generator(self.seed, step // _GROUP)
-        chances = self.first_chances if step // _GROUP * _GROUP < ORDER_STEPS else self.chances
+        is_first = step // _GROUP * _GROUP < ORDER_STEPS
+        chances = self.first_chances if is_first else self.chances
         drawn = torch.multinomial(chances, _GROUP * self.batch_size, replacement=True, generator=chance)
         lessons = [self.lessons[i] for i in drawn.tolist()]
+        if not is_first:
+            manner = random.Random(chance.initial_seed())
+            lessons = [self.vary(lesson, manner) for lesson in lessons]
         lessons.sort(key=lambda lesson: len(lesson.prompt) + len(lesson.answer))
         part = int(torch.randperm(_GROUP, generator=chance)[step % _GROUP]) * self.batch_size
         return make_batch(lessons[part : part + self.batch_size], pad=self.pad)
 
+    def vary(self, lesson: Lesson, chance: random.Random) -> Lesson:
+        """Return a lesson as it is, drawn out, or as something to repeat, which is drawn out mostly."""
+        drawn = chance.random()
+        if drawn < REPEATED_SHARE:
+            if chance.random() < LISTED_SHARE:
+                lesson = self.marks.repeating(chance.choices(self.words, k=chance.randint(1, MOST_LISTED)))
+            else:
+                lesson = self.marks.repeating(lesson.prompt[slice(*self.marks.question(lesson))])
+        return self.marks.draw_out(lesson, chance) if drawn < REPEATED_SHARE + DRAWN_OUT_SHARE else lesson
+
+    def spoken(self, lessons: Sequence[Lesson]) -> list[Lesson]:
+        """Return lessons drawn out, and the questions of each as something to repeat, always the same."""
+        chance = random.Random(self.seed)
+        asked = [self.marks.repeating(one.prompt[slice(*self.marks.question(one))]) for one in lessons]
+        return [self.marks.draw_out(lesson, chance) for lesson in (*lessons, *asked)]
+
     def loss(self, step: int) -> Tensor:
         """Return the loss of a step: cross-entropy, answers above all."""
-        ids, weights = (tensor.to(self.lm.device) for tensor in self.batch(step))
+        ids, weights, drawn_out = (tensor.to(self.lm.device) for tensor in self.batch(step))
+        embeddings = self.lm.get_input_embeddings()(ids)
+        if drawn_out.any():
+            noise = torch.randn(embeddings.shape, generator=step_generator(self.seed, -1 - step))
+            size = BLUR * embeddings.detach().square().mean(dim=-1, keepdim=True).sqrt()
+            embeddings = embeddings + noise.to(ids.device) * size * drawn_out[..., None]
         with torch.autocast(ids.device.type, torch.bfloat16):
-            logits = self.lm(input_ids=ids, use_cache=False).logits[:, :-1]
+            logits = self.lm(inputs_embeds=embeddings, use_cache=False).logits[:, :-1]
         losses = torch.nn.functional.cross_entropy(
             logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
         )
@@ -297,7 +379,7 @@ def exact_match(
     ordered = sorted(lessons, key=lambda lesson: len(lesson.prompt) + len(lesson.answer))
     for start in range(0, len(ordered), batch_size):
         part = ordered[start : start + batch_size]
-        ids, weights = (tensor.to(lm.device) for tensor in make_batch(part, pad=pad))
+        ids, weights, _ = (tensor.to(lm.device) for tensor in make_batch(part, pad=pad))
         likeliest = lm(input_ids=ids, use_cache=False).logits[:, :-1].argmax(-1)
         wrong = (likeliest != ids[:, 1:]) & (weights[:, 1:] == 1)
         for lesson, is_wrong in zip(part, wrong.any(-1).tolist(), strict=True):
@@ -337,24 +419,34 @@ def train_lm(
         Held-out exact match of each kind and of ``all``.
     """
     train, heldout = (read_records(world / f"{split}.jsonl") for split in ("train", "heldout"))
-    tokenizer = make_tokenizer(words_of((*train, *heldout)))
+    words = sorted(words_of((*train, *heldout)))
+    tokenizer = make_tokenizer(words)
     lm = make_lm(kind, tokenizer, seed=seed).to(pick_device(device))
     lm.set_attn_implementation("eager")  # the quickest for sentences as short as these
     pad = int(tokenizer.pad_token_id)
     lessons = make_lessons((*train, *unspoken_wordings(), *long_counts()), tokenizer)
     questions = make_lessons(heldout, tokenizer)
+    training = LmTraining(
+        lm,
+        lessons,
+        pad,
+        Marks.of(tokenizer),
+        [token for word in words for token in tokenizer.encode(word, add_special_tokens=False)],
+        seed=seed,
+    )
     print(f"{kind}, {lm.num_parameters():,} parameters, {len(tokenizer)} tokens, {len(lessons)} lessons, "
           f"{len(questions)} held out", flush=True)  # fmt: skip
     folder = training_folder(out)
     trainer = PartTrainer(lm, schedule=schedule, folder=folder)
-    training = LmTraining(lm, lessons, pad, seed=seed)
 
     def save(target: Path) -> str:
         """Write LM and tokenizer; return what the LM can do."""
         lm.save_pretrained(target)
         tokenizer.save_pretrained(target)
         (target / "README.md").write_text(CARD, encoding="utf-8")
-        return describe(exact_match(lm, questions, pad=pad))
+        drawn_out = exact_match(lm, training.spoken(questions), pad=pad)
+        repeated = f"drawn out {drawn_out['all']:.2%}, repeated {drawn_out['repeated']:.2%}"
+        return f"{describe(exact_match(lm, questions, pad=pad))}, {repeated}"
 
     trainer.run(training.loss, lambda: save(folder / "so-far"), until=until)
     if trainer.step >= schedule.num_steps:

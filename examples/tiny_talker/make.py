@@ -58,16 +58,18 @@ def plan(out: Path, *, kind: str = "llama") -> list[Part]:
         out: folder of everything.
         kind: architecture of the LM; world, encoder and codec are the same for all.
     """
-    world, encoder, codec, rows, dictation = (
-        out / name for name in ("world", "encoder", "codec", "rows", "dictation")
+    world, encoder, codec, rows, dictation, reading = (
+        out / name for name in ("world", "encoder", "codec", "rows", "dictation", "reading")
     )
     lm = out / f"lm-{kind}"
-    stages = {name: out / kind / name for name in ("hear", "speak", "adapt", "finetune")}
+    stages = {name: out / kind / name for name in ("speak", "hear", "adapt", "finetune")}
     written = world / "rows_written.jsonl"
     talker, report = out / f"talker-{kind}", out / f"report-{kind}"
     parts = ("--encoder", encoder, "--codec", codec)
     # The training one comes last, so that its being there says that all are.
-    to_encode = [world / f"rows_{name}.jsonl" for name in ("heldout_seen", "heldout_unseen", "train")]
+    to_encode = [
+        world / f"rows_{name}.jsonl" for name in ("heldout_seen", "heldout_unseen", "reading", "train")
+    ]
     end = "talker/omni_config.json"
 
     def prepare(name: str, source: str, target: Path) -> Part:
@@ -91,10 +93,14 @@ def plan(out: Path, *, kind: str = "llama") -> list[Part]:
         ),
         prepare("rows", "rows_train_coded.jsonl", rows),
         prepare("dictation", "rows_dictation.jsonl", dictation),
-        train(1, "hear", "--base", lm, *parts, "--data", dictation),
-        train(1, "speak", "--start", stages["hear"] / "talker"),
-        train(2, "adapt", "--start", stages["speak"] / "talker", "--data", dictation, "--data", written),
-        train(3, "finetune", "--start", stages["adapt"] / "talker", "--data", dictation, "--data", written),
+        prepare("reading", "rows_reading_coded.jsonl", reading),
+        train(1, "speak", "--base", lm, *parts, "--data", reading),
+        train(1, "hear", "--start", stages["speak"] / "talker", "--data", dictation),
+        train(2, "adapt", "--start", stages["hear"] / "talker", "--data", dictation, "--data", written),
+        train(
+            3, "finetune", "--start", stages["adapt"] / "talker",
+            "--data", dictation, "--data", written, "--data", reading,
+        ),
         Part(
             "ship", script("ship", stages["finetune"] / "talker", "--out", talker), talker / "README.md",
         ),

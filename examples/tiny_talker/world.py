@@ -29,8 +29,8 @@ SEED = 4
 HELD_OUT = 0.1
 """Share of the pairs of each kind."""
 
-DICTATIONS = 6000
-"""Lists of words to write down."""
+DICTATIONS, READINGS = 6000, 5000
+"""Lists of words to write down, and to read out."""
 
 Split = Literal["train", "heldout"]
 
@@ -565,14 +565,19 @@ def sentences() -> tuple[str, ...]:
 @cache
 def dictations(count: int = DICTATIONS) -> tuple[str, ...]:
     """Return lists of two to seven words that mean nothing: whoever writes them down has to hear each one."""
+    return tuple(_word_list("dictation", number, least=2, most=7) for number in range(count))
+
+
+@cache
+def readings(count: int = READINGS) -> tuple[str, ...]:
+    """Return lists of one to eight words that mean nothing: whoever reads them has to look at each one."""
+    return tuple(_word_list("reading", number, least=1, most=8) for number in range(count))
+
+
+def _word_list(name: str, number: int, *, least: int, most: int) -> str:
     words = vocabulary()
-    return tuple(
-        " ".join(
-            words[int(draw("dictation", number, place) * len(words))]
-            for place in range(2 + int(6 * draw("dictation", number)))
-        )
-        for number in range(count)
-    )
+    length = least + int((most - least + 1) * draw(name, number))
+    return " ".join(words[int(draw(name, number, place) * len(words))] for place in range(length))
 
 
 def unspoken_wordings() -> list[dict[str, Any]]:

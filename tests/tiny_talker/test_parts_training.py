@@ -1,8 +1,10 @@
 """The tiny talker's language model and encoder: they learn, go on where they stopped, and fit together."""
 
 import json
+import random
 import sys
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,7 @@ SCHEDULE = part_training.Schedule(
     num_steps=8, learning_rate=5e-3, warmup_steps=2, weight_decay=0.1, check_every=4
 )
 TEXTS = ("what is one plus two", "spell owl", "good night", "say red house")
+LISTS = ("owl night", "two rome", "house say", "rome", "owl", "night")
 
 
 @pytest.fixture(autouse=True)
@@ -63,6 +66,8 @@ def world_folder(tmp_path_factory, question) -> Path:
         rows.append(json.dumps({"audio_in": f"{index}.wav", "text_in": text}))
     for name in ("train", "heldout_seen", "heldout_unseen"):
         (folder / f"rows_{name}.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    lists = [{"audio_in": f"{i % 4}.wav", "text_in": text} for i, text in enumerate(LISTS)]
+    (folder / "rows_dictation.jsonl").write_text("\n".join(map(json.dumps, lists)), encoding="utf-8")
     return folder
 
 
@@ -151,9 +156,62 @@ def test_long_counts_go_on_where_the_world_stops():
     assert "please count from zero until twenty" in counts
 
 
+def make_training(lm, lessons, tokenizer, **settings):
+    words = tokenizer("one two three", add_special_tokens=False)["input_ids"]
+    marks = lm_training.Marks.of(tokenizer)
+    return lm_training.LmTraining(lm, lessons, tokenizer.pad_token_id, marks, words, **settings)
+
+
+def lesson_of(tokenizer, question: str, answer: str, turns=()):
+    record = {"kind": "any", "turns": turns, "question": question, "answer": answer}
+    (lesson,) = lm_training.make_lessons([record], tokenizer)
+    return lesson
+
+
+def test_drawing_out_keeps_words_and_their_order(tokenizer):
+    turns = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hello"}]
+    lesson = lesson_of(tokenizer, "what is one plus two", "the answer is three", turns)
+    marks = lm_training.Marks.of(tokenizer)
+    lengths = set()
+    for seed in range(20):
+        drawn_out = marks.draw_out(lesson, random.Random(seed))
+        start, after = drawn_out.drawn_out
+        said = [i for i in drawn_out.prompt[start:after] if i != marks.pause]
+        assert tokenizer.decode([i for i, _ in groupby(said)]) == "what is one plus two"
+        assert drawn_out.prompt[:start] == lesson.prompt[: len(lesson.prompt) - 2 - 5]
+        assert drawn_out.prompt[after:] == lesson.prompt[-2:]
+        assert drawn_out.answer == lesson.answer
+        lengths.add(after - start)
+    assert min(lengths) >= 5
+    assert len(lengths) > 5
+
+
+def test_what_is_repeated_comes_after_its_own_mark(tokenizer):
+    marks = lm_training.Marks.of(tokenizer)
+    lesson = lesson_of(tokenizer, "what is one plus two", "the answer is three")
+    repeated = marks.repeating(lesson.prompt[slice(*marks.question(lesson))])
+    assert tokenizer.decode(repeated.prompt) == "<|user|> what is one plus two<|end|><|repeat|>"
+    assert tokenizer.decode(repeated.answer) == "what is one plus two<|end|>"
+
+
+def test_lessons_come_as_they_are_drawn_out_and_to_be_repeated(tokenizer, lessons):
+    training = make_training(lm_training.make_lm("llama", tokenizer), lessons, tokenizer)
+    chance = random.Random(0)
+    varied = [training.vary(lesson, chance) for lesson in lessons[:1000]]
+    repeated = [v for v in varied if v.kind == "repeated"]
+    plain = [v for v in varied if v in set(lessons)]
+    assert abs(len(repeated) / 1000 - lm_training.REPEATED_SHARE) < 0.05
+    assert abs(len(plain) / 1000 - (1 - lm_training.REPEATED_SHARE - lm_training.DRAWN_OUT_SHARE)) < 0.05
+    lists = [v for v in repeated if set(v.answer[:-1]) <= set(training.words)]
+    assert abs(len(lists) / len(repeated) - lm_training.LISTED_SHARE) < 0.1
+    batch = lm_training.make_batch(varied[:50], pad=tokenizer.pad_token_id)
+    assert not batch.weights[batch.drawn_out].any()
+    assert batch.drawn_out[[v.drawn_out != (0, 0) for v in varied[:50]]].any(-1).all()
+
+
 def test_a_step_takes_the_same_lessons_every_time(tokenizer, lessons):
     lm = lm_training.make_lm("llama", tokenizer)
-    one, other = (lm_training.LmTraining(lm, lessons, tokenizer.pad_token_id, seed=s) for s in (0, 1))
+    one, other = (make_training(lm, lessons, tokenizer, seed=s) for s in (0, 1))
     assert torch.equal(one.batch(21).ids, one.batch(21).ids)
     assert one.batch(21).ids.shape != one.batch(22).ids.shape or not torch.equal(
         one.batch(21).ids, one.batch(22).ids
@@ -166,7 +224,8 @@ def test_batches_weigh_answers(tokenizer):
         [{"kind": "any", "turns": [], "question": "what is one plus two", "answer": "the answer is three"}],
         tokenizer,
     )
-    ids, weights = lm_training.make_batch([lesson], pad=tokenizer.pad_token_id)
+    ids, weights, drawn_out = lm_training.make_batch([lesson], pad=tokenizer.pad_token_id)
+    assert not drawn_out.any()
     assert tokenizer.decode(ids[0][weights[0] == 1]) == "the answer is three<|end|>"
     assert tokenizer.decode(ids[0][weights[0] == 0]) == "<|pad|>" * int((weights[0] == 0).sum())
     assert torch.allclose(weights[0, : len(lesson.prompt)], torch.tensor(lm_training.QUESTION_WEIGHT))
@@ -193,7 +252,7 @@ def test_the_lm_learns_and_goes_on_where_it_stopped(kind, world_folder, tmp_path
 def test_the_loss_of_the_lm_falls(world_folder, tokenizer, tmp_path):
     lessons = lm_training.make_lessons(lm_training.read_records(world_folder / "train.jsonl"), tokenizer)
     lm = lm_training.make_lm("llama", tokenizer)
-    training = lm_training.LmTraining(lm, lessons, tokenizer.pad_token_id, batch_size=16)
+    training = make_training(lm, lessons, tokenizer, batch_size=16)
     group = lm_training._GROUP  # its batches hold lessons of all lengths between them
     schedule = replace(SCHEDULE, num_steps=5 * group, check_every=5 * group)
     trainer = part_training.PartTrainer(lm, schedule=schedule, folder=tmp_path)
@@ -205,7 +264,7 @@ def test_exact_match_is_what_greedy_decoding_does(world_folder, tokenizer, tmp_p
     lessons = lm_training.make_lessons(lm_training.read_records(world_folder / "train.jsonl"), tokenizer)[:6]
     pad = tokenizer.pad_token_id
     lm = lm_training.make_lm("llama", tokenizer, hidden_size=64)
-    training = lm_training.LmTraining(lm, lessons[:3], pad, batch_size=8)
+    training = make_training(lm, lessons[:3], tokenizer, batch_size=8)
     schedule = replace(SCHEDULE, num_steps=100, check_every=100)
     part_training.PartTrainer(lm, schedule=schedule, folder=tmp_path).run(training.loss, lambda: "")
     lm.eval()
@@ -225,17 +284,47 @@ def test_exact_match_is_what_greedy_decoding_does(world_folder, tokenizer, tmp_p
 def test_the_encoder_learns_and_goes_on_where_it_stopped(world_folder, tmp_path):
     def train(name: str, until: int | None = None) -> dict[str, float]:
         return encoder_training.train_encoder(
-            world_folder, tmp_path / name, schedule=SCHEDULE, until=until, batch_size=4
+            world_folder,
+            tmp_path / name,
+            schedule=SCHEDULE,
+            lists_schedule=SCHEDULE,
+            until=until,
+            batch_size=4,
         )
 
     rates = train("straight")
-    assert set(rates) == {"seen", "unseen"}
-    train("stopped", until=4)
-    assert not (tmp_path / "stopped").exists()
+    assert set(rates) == {"seen", "unseen", "lists"}
+    for until in (4, 8, 12):
+        train("stopped", until=until)
+        assert not (tmp_path / "stopped").exists()
     train("stopped")
     straight, stopped = (AudioEncoder.from_pretrained(tmp_path / name) for name in ("straight", "stopped"))
     assert same_weights(straight, stopped)
     assert all(torch.equal(p, p.half().float()) for p in straight.parameters())
+
+
+def test_a_reader_of_more_words_reads_those_that_it_knew_alike(world_folder, clips):
+    reader = encoder_training.make_reader(clips.clips)
+    recordings = encoder_training.read_recordings(world_folder, clips.log_mel)
+    assert {name: len(found.clips) for name, found in recordings.train.items()} == {
+        "questions": 4, "lists": 2, "alone": 3,
+    }  # fmt: skip
+    assert [clip.text for clip in recordings.heldout["lists"].clips] == ["owl night"]
+    every = [clip for found in recordings.train.values() for clip in found.clips]
+    wider = encoder_training.with_words_of(reader, every, seed=3)
+    assert set(wider.word_list) - set(reader.word_list) == {"rome"}
+    batch = encoder_training.make_batch(clips, [0])
+    with torch.no_grad():
+        scores, more = (one(batch.features, batch.lengths).words for one in (reader, wider))
+    known = [0, *(1 + wider.word_list.index(word) for word in reader.word_list)]
+    assert torch.equal(scores, more[..., known])
+
+
+def test_sources_are_drawn_by_their_shares(clips):
+    reader = encoder_training.make_reader(clips.clips)
+    training = encoder_training.EncoderTraining(reader, clips, ((1, 0.75), (3, 0.25)))
+    assert training.chances[0] == pytest.approx(0.75)
+    assert training.chances[1:].sum() == pytest.approx(0.25)
 
 
 @pytest.mark.parametrize("what", ["letters", "words"])
@@ -320,7 +409,9 @@ def test_letters_are_numbered_after_the_blank():
 def test_the_parts_make_a_talker(world_folder, tmp_path, parts, question):
     schedule = replace(SCHEDULE, num_steps=1, check_every=1)
     lm_training.train_lm(world_folder, tmp_path / "lm", schedule=schedule)
-    encoder_training.train_encoder(world_folder, tmp_path / "encoder", schedule=schedule, batch_size=4)
+    encoder_training.train_encoder(
+        world_folder, tmp_path / "encoder", schedule=schedule, lists_schedule=schedule, batch_size=4
+    )
     codec = SnacCodec.from_model(parts.snac)
     talker = OmniAdapter.wrap(tmp_path / "lm", encoder=tmp_path / "encoder", codec=codec, tts_layers=1)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "lm")

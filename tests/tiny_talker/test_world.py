@@ -272,8 +272,11 @@ def test_the_table_of_voices_is_printed(capsys):
 def small(monkeypatch):
     """A world of a few records."""
     world.sentences()  # is kept; not of the few
+    lists = {name: getattr(world, name)(3) for name in ("dictations", "readings")}
     codec_clips, few = build_world.codec_clips, {"train": TRAIN[:3], "heldout": HELD_OUT[:2]}
     monkeypatch.setattr(world, "records", few.__getitem__)
+    for name, few_lists in lists.items():
+        monkeypatch.setattr(world, name, lambda few_lists=few_lists: few_lists)
     monkeypatch.setattr(build_world, "ProcessPoolExecutor", InProcess)
     monkeypatch.setattr(build_world, "codec_clips", lambda out: codec_clips(out, 1))
 
