@@ -80,13 +80,13 @@ def _built(source: Path) -> Path:
     if compiler is None:
         raise _NotCompiledError(f"no C compiler here: none of {', '.join(_COMPILERS)}, nor what CC names")
     name = f"{source.stem}-{_fingerprint(source, compiler)}.so"
-    folder = cache_folder()
     try:
+        folder = cache_folder()
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / name).exists():
             return folder / name
         scratch = tempfile.mkdtemp(dir=folder)
-    except OSError:  # nowhere to keep it: it is compiled each time
+    except (OSError, RuntimeError):  # nowhere to keep it, or no home: it is compiled each time
         folder = Path(tempfile.mkdtemp())
         scratch = tempfile.mkdtemp(dir=folder)
     try:

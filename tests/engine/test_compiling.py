@@ -3,6 +3,7 @@
 import logging
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,17 @@ def test_a_library_that_cannot_be_loaded_is_done_without(tmp_path):
 def test_a_cache_that_cannot_be_written_is_no_obstacle(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert compiled(source_of(tmp_path, SOURCE)).omni_answer() == 42
+
+
+@needs_compiler
+def test_a_user_without_a_home_is_no_obstacle(tmp_path, monkeypatch):
+    def home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", home)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     assert compiled(source_of(tmp_path, SOURCE)).omni_answer() == 42
 
 
