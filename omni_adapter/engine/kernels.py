@@ -158,6 +158,11 @@ class TiledBfloat16(Kernel):
                 used(read)
         self.nbytes = self._product.nbytes
 
+    @property
+    def native(self) -> tuple[int, int]:
+        """As ``TiledWeight`` says."""
+        return self._product.native
+
     def __call__(self, x: Tensor) -> Tensor:
         """As every kernel."""
         return _multiplied(self._product, x)
