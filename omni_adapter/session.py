@@ -25,6 +25,7 @@ from omni_adapter.model import OmniModel
 
 HearingMode = Literal["exact", "blocks"]
 
+_MOST_KEPT_BACK = 32  # steps of a recording
 _ROOM_S = 60.0  # of speech that memory is taken for beforehand; longer questions are read again with more
 
 
@@ -310,14 +311,22 @@ class Session:
         return self._model.hear(Clips.of(recordings).to(self._model.device)) if recordings else []
 
     def _heard(self, turn: "_Turn", embeddings: Tensor, *, read: bool = True) -> None:
-        """Read more of the recording."""
+        """Read more of the recording.
+
+        A short piece is read with what follows it, since a pass over both takes no longer than over one: if
+        the question ends here, the reply begins a pass sooner.
+        """
         count = len(embeddings)
         if not count:
             return
         assert turn.reader is not None
         assert turn.step is not None
-        turn.reader.add(_piece(turn.step.expand(-1, count), [AudioSpan(0, count)], [embeddings]))
-        if read:
+        piece = _piece(turn.step.expand(-1, count), [AudioSpan(0, count)], [embeddings])
+        is_short = count <= _MOST_KEPT_BACK
+        if read and is_short:
+            turn.reader.read()
+        turn.reader.add(piece)
+        if read and not is_short:
             turn.reader.read()
 
     def _close_recording(self, turn: "_Turn") -> tuple["PromptReader", Message]:

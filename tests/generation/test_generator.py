@@ -7,6 +7,7 @@ import torch
 from omni_adapter.data.collator import collate
 from omni_adapter.data.layout import get_task
 from omni_adapter.errors import ConfigError, ContextOverflowError, PromptError
+from omni_adapter.generation import generator
 from omni_adapter.generation.generator import Decoder, GenerationSettings
 from omni_adapter.generation.sampling import CodeAutomaton, SamplingSettings
 from omni_adapter.vocab import NO_TEXT
@@ -69,6 +70,27 @@ def slow_batch_parallel(talker, sample, steps: int) -> list[list[int]]:
         silent = torch.cat((torch.full_like(codes, rules.vocabulary.pad), torch.tensor([text])))
         grid = torch.cat((grid, torch.stack((column, silent))[..., None]), dim=-1)
     return out
+
+
+@pytest.mark.parametrize("columns", [0, 1 << 10])
+def test_few_columns_may_be_read_for_both_rows(talker, question, columns, monkeypatch):
+    monkeypatch.setattr(generator, "_COLUMNS_READ_TWICE", columns)
+    sample = heard(talker, question, "speech_to_speech")
+    read = []
+    forward = talker.model.backbone.forward
+
+    def watched(embeddings, **arguments):
+        read.append(tuple(embeddings.shape[:2]))
+        return forward(embeddings, **arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(talker.model.backbone, "forward", watched)
+        run = decoder(talker, "speech_to_speech")
+        fast = ids(run.run([sample]))[0]
+    prompt = sample.layout.grid.shape[1]
+    first = [(2, prompt)] if columns else [(1, prompt - 1), (2, 1)]
+    assert read[: len(first)] == first
+    assert fast == slow_batch_parallel(talker, sample, 24)
 
 
 def test_batch_parallel_equals_the_slow_loop(talker, question):
