@@ -194,6 +194,16 @@ class Clips:
     log_mel: LogMel
     _features: dict[int, Tensor] = field(default_factory=dict)
 
+    @classmethod
+    def joined(cls, parts: Sequence["Clips"]) -> "Clips":
+        """Return the recordings of several, one behind the other, with the features that are known."""
+        together = cls([], parts[0].log_mel)
+        for part in parts:
+            start = len(together.clips)
+            together._features |= {start + index: values for index, values in part._features.items()}
+            together.clips = [*together.clips, *part.clips]
+        return together
+
     def features(self, index: int) -> Tensor:
         """Return the features of a recording, [M, F] in half precision."""
         if index not in self._features:
@@ -477,9 +487,9 @@ def train_encoder(
         return describe(judge(save_encoder(reader, folder / "so-far"), some))
 
     trainer.run(training.loss, check, until=until)
-    if trainer.step < schedule.num_steps or until == schedule.num_steps:
+    if trainer.step < schedule.num_steps:
         return judge(save_encoder(reader, folder / "so-far"), recordings.heldout)
-    together = Clips([clip for clips in recordings.train.values() for clip in clips.clips], log_mel)
+    together = Clips.joined(list(recordings.train.values()))
     print(f"{len(together.clips)} recordings with lists and words alone", flush=True)
     reader = with_words_of(reader, together.clips, seed=seed)
     trainer = PartTrainer(reader, schedule=lists_schedule, folder=folder / "lists")

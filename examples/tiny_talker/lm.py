@@ -259,6 +259,10 @@ class Marks:
         prompt = (*lesson.prompt[:start], *steps, *lesson.prompt[after:])
         return lesson._replace(prompt=prompt, drawn_out=(start, start + len(steps)))
 
+    def repeated(self, lesson: Lesson) -> Lesson:
+        """A lesson in which the last question of another is repeated."""
+        return self.repeating(lesson.prompt[slice(*self.question(lesson))])
+
     def repeating(self, words: Sequence[int]) -> Lesson:
         """A lesson in which words are repeated."""
         return Lesson("repeated", (self.user, *words, self.end, self.repeat), (*words, self.end))
@@ -333,19 +337,19 @@ class LmTraining:
         return make_batch(lessons[part : part + self.batch_size], pad=self.pad)
 
     def vary(self, lesson: Lesson, chance: random.Random) -> Lesson:
-        """Return a lesson as it is, drawn out, or as something to repeat, which is drawn out mostly."""
+        """Return a lesson as it is, drawn out, or as something to repeat, which is drawn out too."""
         drawn = chance.random()
         if drawn < REPEATED_SHARE:
             if chance.random() < LISTED_SHARE:
                 lesson = self.marks.repeating(chance.choices(self.words, k=chance.randint(1, MOST_LISTED)))
             else:
-                lesson = self.marks.repeating(lesson.prompt[slice(*self.marks.question(lesson))])
+                lesson = self.marks.repeated(lesson)
         return self.marks.draw_out(lesson, chance) if drawn < REPEATED_SHARE + DRAWN_OUT_SHARE else lesson
 
     def spoken(self, lessons: Sequence[Lesson]) -> list[Lesson]:
         """Return lessons drawn out, and the questions of each as something to repeat, always the same."""
         chance = random.Random(self.seed)
-        asked = [self.marks.repeating(one.prompt[slice(*self.marks.question(one))]) for one in lessons]
+        asked = map(self.marks.repeated, lessons)
         return [self.marks.draw_out(lesson, chance) for lesson in (*lessons, *asked)]
 
     def loss(self, step: int) -> Tensor:

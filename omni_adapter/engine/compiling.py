@@ -15,9 +15,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -34,6 +35,8 @@ _ALL_FOUND = ("-Wl,-z,defs",) if sys.platform == "linux" else ()
 _FORBIDDEN = "OMNI_ADAPTER_NATIVE"
 _SECONDS = 120  # a compiler that takes longer is taken for broken
 
+Signature = tuple[Any, tuple[Any, ...]]
+"""What a compiled call returns, None for nothing, and what it takes."""
 
 _failures: dict[Path, str] = {}
 """Why a source was not compiled."""
@@ -48,6 +51,14 @@ def compiled(source: Path) -> ctypes.CDLL | None:
         _failures[source] = str(error)
         logger.info("%s is not used, steps go on without: %s", source.name, error)
         return None
+
+
+def declared(library: ctypes.CDLL, signatures: Mapping[str, Signature]) -> ctypes.CDLL:
+    """Return a library that was told what its calls return and take."""
+    for name, (result, arguments) in signatures.items():
+        call = getattr(library, name)
+        call.restype, call.argtypes = result, arguments
+    return library
 
 
 def why_not(source: Path) -> str:

@@ -10,50 +10,63 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from omni_adapter.engine.compiling import compiled
+from omni_adapter.engine.compiling import Signature, compiled, declared
 
 logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("glue.c")
 
 _CHECKED_SHAPE = (2, 5, 64)  # rows, steps, width of a head of the check
-_POINTER, _LONG, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float
-_SIGNATURES: dict[str, tuple[Any, ...]] = {
+_POINTER, _LONG, _FLOAT, _INT = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctypes.c_int
+_SIGNATURES: dict[str, Signature] = {
     "omni_norm": (
-        *(_POINTER, _POINTER, _FLOAT, _POINTER, _POINTER, _FLOAT, _FLOAT, _POINTER),
-        *(_LONG, _LONG),
+        None,
+        (
+            *(_POINTER, _POINTER, _FLOAT, _POINTER, _POINTER, _FLOAT, _FLOAT, _POINTER),
+            *(_LONG, _LONG),
+        ),
     ),
     "omni_rotate": (
-        *(_POINTER, _LONG, _LONG, _LONG, _LONG, _POINTER, _FLOAT, _FLOAT),
-        *(_POINTER, _POINTER, _LONG, _LONG, _LONG, _LONG),
+        None,
+        (
+            *(_POINTER, _LONG, _LONG, _LONG, _LONG, _POINTER, _FLOAT, _FLOAT),
+            *(_POINTER, _POINTER, _LONG, _LONG, _LONG, _LONG),
+        ),
     ),
     "omni_attend": (
-        *(_POINTER, _LONG),
-        *(_POINTER, _LONG, _LONG, _LONG),
-        *(_POINTER, _LONG, _LONG, _LONG),
-        *(_POINTER, _LONG, _POINTER),
-        *(_LONG,) * 6,
-        _FLOAT,
+        _INT,
+        (
+            *(_POINTER, _LONG),
+            *(_POINTER, _LONG, _LONG, _LONG),
+            *(_POINTER, _LONG, _LONG, _LONG),
+            *(_POINTER, _LONG, _POINTER),
+            *(_LONG,) * 6,
+            _FLOAT,
+        ),
     ),
-    "omni_gate": (_POINTER, _POINTER, _LONG, _POINTER, _LONG, _LONG, _LONG),
+    "omni_gate": (None, (_POINTER, _POINTER, _LONG, _POINTER, _LONG, _LONG, _LONG)),
     "omni_layer_begin": (
-        *(_POINTER, _POINTER, _LONG, _POINTER, _POINTER, _LONG, _LONG),
-        *(_POINTER, _POINTER),
+        _INT,
+        (
+            *(_POINTER, _POINTER, _LONG, _POINTER, _POINTER, _LONG, _LONG),
+            *(_POINTER, _POINTER),
+        ),
     ),
     "omni_layer_end": (
-        *(_POINTER, _POINTER, _LONG, _POINTER),
-        *(_POINTER, _LONG, _LONG, _LONG),
-        *(_POINTER, _LONG, _LONG, _LONG),
-        *(_POINTER, _LONG, _LONG, _POINTER, _POINTER),
+        _INT,
+        (
+            *(_POINTER, _POINTER, _LONG, _POINTER),
+            *(_POINTER, _LONG, _LONG, _LONG),
+            *(_POINTER, _LONG, _LONG, _LONG),
+            *(_POINTER, _LONG, _LONG, _POINTER, _POINTER),
+        ),
     ),
 }
-_RETURNING = ("omni_attend", "omni_layer_begin", "omni_layer_end")
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -100,9 +113,7 @@ class Glue:
     """The compiled calls on tensors: contiguous rows in float32, unless a call says otherwise."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        for name, arguments in _SIGNATURES.items():
-            getattr(library, name).argtypes = arguments
-            getattr(library, name).restype = ctypes.c_int if name in _RETURNING else None
+        declared(library, _SIGNATURES)
         self._norm, self._rotate = library.omni_norm, library.omni_rotate
         self._attend, self._gate = library.omni_attend, library.omni_gate
         self.begin_layer, self.end_layer = library.omni_layer_begin, library.omni_layer_end

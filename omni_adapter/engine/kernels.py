@@ -144,7 +144,24 @@ class RowwiseInt8(Kernel):
         return product.to(x.dtype)
 
 
-class TiledBfloat16(Kernel):
+class _Tiled(Kernel):
+    """A weight in tiles, multiplied in one call."""
+
+    _product: TiledWeight
+
+    @property
+    def native(self) -> tuple[int, int]:
+        """As ``TiledWeight`` says."""
+        return self._product.native
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """As every kernel."""
+        if x.dtype == torch.float32 and x.is_contiguous():
+            return self._product(x)
+        return self._product(x.float().contiguous()).to(x.dtype)
+
+
+class TiledBfloat16(_Tiled):
     """A weight in bfloat16, multiplied in one call; products are added up in float32."""
 
     name, precision, tolerance = "tiled-bf16", "bf16", 2e-2
@@ -158,17 +175,8 @@ class TiledBfloat16(Kernel):
                 used(read)
         self.nbytes = self._product.nbytes
 
-    @property
-    def native(self) -> tuple[int, int]:
-        """As ``TiledWeight`` says."""
-        return self._product.native
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """As every kernel."""
-        return _multiplied(self._product, x)
-
-
-class TiledInt8(Kernel):
+class TiledInt8(_Tiled):
     """As ``RowwiseInt8``, quantised, multiplied and scaled in one call, and quicker for few rows."""
 
     name, precision, tolerance = "tiled-int8", "int8", 3e-2
@@ -180,15 +188,6 @@ class TiledInt8(Kernel):
             self._product.fill(start, quantised.contiguous())
             scale[start : start + len(scales)] = scales
         self.nbytes = self._product.nbytes + scale.nbytes
-
-    @property
-    def native(self) -> tuple[int, int]:
-        """As ``TiledWeight`` says."""
-        return self._product.native
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """As every kernel."""
-        return _multiplied(self._product, x)
 
 
 class WeightOnlyInt8(Kernel):
@@ -300,13 +299,6 @@ def quantised_pieces(weight: Tensor, *, used: Used | None = None) -> Iterator[tu
         yield start, (piece / scale[:, None]).round_().to(torch.int8), scale
         if used is not None:
             used(read)
-
-
-def _multiplied(weight: TiledWeight, x: Tensor) -> Tensor:
-    """Rows of any type and strides times a weight in tiles."""
-    if x.dtype == torch.float32 and x.is_contiguous():
-        return weight(x)
-    return weight(x.float().contiguous()).to(x.dtype)
 
 
 def _pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

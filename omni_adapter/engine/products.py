@@ -9,20 +9,19 @@ import ctypes
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from omni_adapter.engine.arena import Place
-from omni_adapter.engine.compiling import compiled, why_not
+from omni_adapter.engine.compiling import Signature, compiled, declared, why_not
 
 SOURCE = Path(__file__).with_name("products.c")
 TILE_OUTPUTS = 16
 """Outputs of a tile; pieces of a weight begin at multiples of it."""
 
 _POINTER, _LONG = ctypes.c_void_p, ctypes.c_long
-_SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
+_SIGNATURES: dict[str, Signature] = {
     "omni_product_int8": (ctypes.c_int, (_POINTER, _POINTER, _LONG, _POINTER)),
     "omni_product_bf16": (ctypes.c_int, (_POINTER, _POINTER, _LONG, _POINTER)),
     "omni_tiled_bytes": (_LONG, (_LONG,) * 3),
@@ -114,8 +113,4 @@ def _library() -> ctypes.CDLL | None:
 
 
 def _declared(library: ctypes.CDLL | None) -> ctypes.CDLL | None:
-    """The same, told what its calls take."""
-    for name, (result, arguments) in _SIGNATURES.items() if library is not None else ():
-        getattr(library, name).restype = result
-        getattr(library, name).argtypes = arguments
-    return library
+    return None if library is None else declared(library, _SIGNATURES)

@@ -9,7 +9,7 @@ models.
 import ctypes
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,22 @@ Native = tuple[int, int]
 
 Update = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Takes keys and values of a step, [B, h, 1, W]; returns those of all steps."""
+
+
+class Around(NamedTuple):
+    """What a step needs besides its hidden states.
+
+    Attributes:
+        tables: cosines and sines; None without.
+        update: stores keys and values.
+        mask: bool [B, 1, 1, steps], true at what is seen; None for all.
+        calls: the compiled calls.
+    """
+
+    tables: tuple[Tensor, Tensor] | None
+    update: Update
+    mask: Tensor | None
+    calls: Glue
 
 
 class Products:
@@ -94,32 +110,21 @@ class Attention:
         """Columns of queries, keys and values."""
         return self.heads * self.width, self.kv_heads * self.width, self.kv_heads * self.value_width
 
-    def __call__(
-        self,
-        projected: Tensor,
-        *,
-        tables: tuple[Tensor, Tensor] | None,
-        update: Update,
-        mask: Tensor | None,
-        calls: Glue,
-    ) -> Tensor:
+    def __call__(self, projected: Tensor, around: Around) -> Tensor:
         """Return what is read, [B, 1, heads * value_width].
 
         Args:
             projected: queries, keys and values side by side, [B, 1, sum of sizes]; changed in place.
-            tables: cosines and sines.
-            update: stores keys and values.
-            mask: bool [B, 1, 1, steps], true at what is seen; None for all.
-            calls: the compiled calls.
+            around: all else.
         """
         rows, (queries, keys, _) = projected.shape[0], self.sizes
         row, start = projected.stride(0), projected.storage_offset()
         query = projected.as_strided((rows, 1, queries), (row, queries, 1), start)
         key_rows = projected.as_strided((rows, 1, keys), (row, keys, 1), start + queries)
-        self._turn(query, self.heads, self.query_norm, tables, calls)
-        self._turn(key_rows, self.kv_heads, self.key_norm, tables, calls)
-        all_keys, all_values = map(readable, update(*self.to_store(projected)))
-        return calls.attend(query, all_keys, all_values, mask, self.scale)
+        self._turn(query, self.heads, self.query_norm, around)
+        self._turn(key_rows, self.kv_heads, self.key_norm, around)
+        all_keys, all_values = map(readable, around.update(*self.to_store(projected)))
+        return around.calls.attend(query, all_keys, all_values, around.mask, self.scale)
 
     def to_store(self, projected: Tensor) -> tuple[Tensor, Tensor]:
         """The keys and values in what was projected, each [B, h, 1, W]."""
@@ -137,15 +142,9 @@ class Attention:
             ),
         )
 
-    def _turn(
-        self,
-        x: Tensor,
-        heads: int,
-        norm: Norm | None,
-        tables: tuple[Tensor, Tensor] | None,
-        calls: Glue,
-    ) -> None:
+    def _turn(self, x: Tensor, heads: int, norm: Norm | None, around: Around) -> None:
         """Normalise and rotate heads in place."""
+        tables, calls = around.tables, around.calls
         if norm is not None and len(norm.weight) != self.width:  # all heads as one
             calls.rotate(x, heads=1, width=heads * self.width, norm=norm, rotation=None, tables=None)
             norm = None
@@ -207,20 +206,11 @@ class Formula:
     mixing: Branch
     gated: Gated
 
-    def __call__(
-        self,
-        hidden: Tensor,
-        *,
-        tables: tuple[Tensor, Tensor] | None,
-        update: Update,
-        mask: Tensor | None,
-        calls: Glue,
-    ) -> Tensor:
-        """Return the layer's output, [B, 1, D], of its input; the rest as for ``Attention``."""
-        first, second = self.attending, self.mixing
+    def __call__(self, hidden: Tensor, around: Around) -> Tensor:
+        """Return the layer's output, [B, 1, D], of its input."""
+        first, second, calls = self.attending, self.mixing, around.calls
         entered = hidden if first.norm is None else calls.norm(hidden, first.norm)
-        read = self.attention(first.enter(entered), tables=tables, update=update, mask=mask, calls=calls)
-        came = first.leave(read)
+        came = first.leave(self.attention(first.enter(entered), around))
         if first.norm_after is not None:
             came = calls.norm(came, first.norm_after)
         if second.norm is None:
@@ -285,17 +275,10 @@ class FusedFormula:
         self._scratch = attention.heads * attention.value_width + 3 * layer.width
         self._scratch += layer.mixing.outputs + layer.gates
 
-    def __call__(
-        self,
-        hidden: Tensor,
-        *,
-        tables: tuple[Tensor, Tensor] | None,
-        update: Update,
-        mask: Tensor | None,
-        calls: Glue,
-    ) -> Tensor:
+    def __call__(self, hidden: Tensor, around: Around) -> Tensor:
         """As ``Formula``."""
         rows, attention = hidden.shape[0], self._formula.attention
+        tables, update, mask, calls = around
         scratch, projected = torch.empty(rows * self._scratch), torch.empty(rows, 1, self._projected)
         places: tuple[int | None, int | None, int, int] = (None, None, 0, 0)
         if attention.rotation is not None and tables is not None:
@@ -355,20 +338,12 @@ class Step:
         self.formula = formula
         self._way: Formula | FusedFormula | None = None
 
-    def run(
-        self,
-        hidden: Tensor,
-        *,
-        tables: tuple[Tensor, Tensor] | None,
-        update: Update,
-        mask: Tensor | None,
-        calls: Glue,
-    ) -> Tensor:
-        """Return the output of ``hidden``; the rest as for ``Formula``."""
+    def run(self, hidden: Tensor, around: Around) -> Tensor:
+        """Return the output of ``hidden``."""
         way = self._way
         if way is None:
             way = self._way = fused(self.formula) or self.formula
-        return way(hidden, tables=tables, update=update, mask=mask, calls=calls)
+        return way(hidden, around)
 
     def __getstate__(self) -> dict[str, Any]:
         """All but addresses, which a copy must find out for itself."""
@@ -423,7 +398,7 @@ class QuickLayer(Step):
         def update(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
             return cache.update(keys, values, calling.layer)
 
-        output = self.run(hidden, tables=tables, update=update, mask=mask, calls=calls)
+        output = self.run(hidden, Around(tables, update, mask, calls))
         return (output,) if calling.as_tuple else output
 
     def _plain(self, *args: Any, **kwargs: Any) -> Any:
@@ -462,7 +437,7 @@ class QuickBlock(Step):
         def update(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
             return cache.append(index, keys, values)
 
-        return self.run(hidden, tables=rotation, update=update, mask=bias, calls=calls)
+        return self.run(hidden, Around(rotation, update, bias, calls))
 
 
 def quick_block(block: TtsBlock) -> QuickBlock:

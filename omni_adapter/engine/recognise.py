@@ -24,6 +24,7 @@ from omni_adapter.backbone.probes import quiet, sample
 from omni_adapter.engine.glue import ACTIVATIONS, Glue, Norm, Rotation, glue
 from omni_adapter.engine.linears import PackedLinear
 from omni_adapter.engine.quick import (
+    Around,
     Attention,
     Branch,
     Calling,
@@ -547,7 +548,7 @@ def _attend(
 
     mask = next((value for name, value in record.arguments.items() if "mask" in name), None)
     tables = next((value for value in record.arguments.values() if _are_tables(value)), None)
-    read = attention(projected, tables=tables, update=update, mask=mask if sees(mask) else None, calls=calls)
+    read = attention(projected, Around(tables, update, mask if sees(mask) else None, calls))
     return right[0], read
 
 

@@ -308,7 +308,7 @@ class Decoder:
             self._note_text(state, grid)
             self._pass(state, self.model.embed(grid, places=places, heard=heard))
             return
-        if grid.numel() // grid.shape[1] > _COLUMNS_READ_TWICE:
+        if len(grid) * grid.shape[-1] > _COLUMNS_READ_TWICE:
             self.read(state, grid[..., :-1], places=places, heard=heard)
             grid, places, heard = grid[..., -1:], (), ()
         count = len(grid)
