@@ -4,8 +4,8 @@
 
 ======================== ===============================================================================
 OUT/train.jsonl          records of ``world.py``, as text; ``heldout.jsonl`` likewise
-OUT/voice/*.wav          the answer voice, saying sentences of training: for the codec
-OUT/answers/*.wav        each distinct answer in the answer voice, 24 kHz
+OUT/voice/*.wav          the answer voice, reading out sentences of training: for the codec
+OUT/answers/*.wav        each distinct answer, read out by the answer voice, 24 kHz
 OUT/speech/*/*.wav       questions, 16 kHz: each of training ``renditions`` times, in different seen voices;
                          each held-out one by a seen and by an unseen voice
 OUT/rows_train.jsonl     rows for the recipes; ``rows_heldout_seen.jsonl`` and ``rows_heldout_unseen.jsonl``
@@ -31,11 +31,14 @@ import soundfile
 import voices
 import world
 
-ANSWER_RATE = 24_000
+from omni_adapter.config import SNAC_24KHZ
+
+ANSWER_RATE = SNAC_24KHZ.sampling_rate
 """Sampling rate of answers, the codec's, Hz."""
 
-ANSWER_LEVEL_DB = -3.0
-ANSWER_MARGIN_S = 0.06
+ANSWER_MULTIPLE = SNAC_24KHZ.samples_per_frame
+"""Each word of an answer takes whole frames of codes."""
+
 VOICE_SENTENCES = 2000
 """Sentences for the codec."""
 
@@ -67,11 +70,8 @@ def make_clip(clip: Clip) -> tuple[float, bool]:
     if clip.path.exists():
         return soundfile.info(clip.path).duration, False
     if clip.key is None:
-        samples, rate = voices.speak(clip.text, clip.voice)
-        samples = voices.resample(samples, rate, ANSWER_RATE)
         rate = ANSWER_RATE
-        samples = voices.trim(samples, rate, margin_s=ANSWER_MARGIN_S)
-        samples = voices.at_level(samples, ANSWER_LEVEL_DB)
+        samples = voices.read_out(clip.text, clip.voice, sampling_rate=rate, multiple=ANSWER_MULTIPLE)
     else:
         rng = voices.generator(world.SEED, *clip.key)
         samples, rate = voices.ask(clip.text, voices.draw_manner(clip.voice, rng), rng), voices.QUESTION_RATE

@@ -85,7 +85,7 @@ class Settings:
 
     model: dict[str, Any] = field(default_factory=lambda: MODEL)
     steps: Mapping[str, int] = field(
-        default_factory=lambda: {"codes": 1_500, "decoder": 5_200, "encoder": 5_200}
+        default_factory=lambda: {"codes": 1_500, "decoder": 12_000, "encoder": 5_200}
     )
     rates: Mapping[str, float] = field(
         default_factory=lambda: {"codes": 1.5e-3, "decoder": 6e-4, "encoder": 8e-4}
@@ -624,7 +624,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, default=Path("build/tiny/world"))
     parser.add_argument("--out", type=Path, default=Path("build/tiny/codec"))
-    parser.add_argument("--steps", type=int, default=5_200, help="of the decoder, and of the encoder")
+    parser.add_argument("--steps", type=int, default=Settings().steps["decoder"], help="of the decoder")
     parser.add_argument("--device", default="auto", help="where (default: an accelerator if there is one)")
     parser.add_argument("--seed", type=int, default=Settings.seed)
     parser.add_argument(
@@ -632,7 +632,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     device = pick_device(arguments.device)
-    steps = Settings().steps | {"decoder": arguments.steps, "encoder": arguments.steps}
+    steps = Settings().steps | {"decoder": arguments.steps}
     settings = Settings(steps=steps, seed=arguments.seed, compile=arguments.encode is None)
     if arguments.encode is None:
         train(settings, data=arguments.data, out=arguments.out, device=device)

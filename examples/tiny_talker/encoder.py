@@ -55,11 +55,11 @@ SIZES = {
 
 SCHEDULE = Schedule(num_steps=6000, learning_rate=2e-3, warmup_steps=200, weight_decay=0.01, check_every=250)
 LISTS_SCHEDULE = Schedule(
-    num_steps=2000, learning_rate=1.2e-3, warmup_steps=100, weight_decay=0.01, check_every=250
+    num_steps=6000, learning_rate=1.2e-3, warmup_steps=100, weight_decay=0.01, check_every=250
 )
 """How lists are learned, after the questions."""
 
-LISTS_SHARES = {"questions": 0.35, "lists": 0.35, "alone": 0.3}
+LISTS_SHARES = {"questions": 0.45, "lists": 0.35, "alone": 0.2}
 """What is drawn then."""
 
 HELD_OUT_LISTS = 50

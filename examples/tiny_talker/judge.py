@@ -269,7 +269,9 @@ def tune(count: int) -> None:
     shuffled = [rng.sample(sorted(answers), len(answers)) for _, answers in sorted(by_kind.items())]
     texts = [answers[i] for i in range(max(map(len, shuffled))) for answers in shuffled if i < len(answers)]
     texts = texts[:count]
-    heard = [to_pcm(Clip(*voices.speak(text, voices.ANSWER))) for text in texts]
+    rate = voices.ANSWER.sampling_rate
+    read = (voices.read_out(text, voices.ANSWER, sampling_rate=rate, multiple=1) for text in texts)
+    heard = [to_pcm(Clip(samples, rate)) for samples in read]
     for changes in TRIED:
         recogniser = Recogniser(world.vocabulary(), **changes)
         errors = count_word_errors(texts, [recogniser.transcribe_pcm(pcm) for pcm in heard])

@@ -58,12 +58,14 @@ def plan(out: Path, *, kind: str = "llama") -> list[Part]:
         out: folder of everything.
         kind: architecture of the LM; world, encoder and codec are the same for all.
     """
-    world, encoder, codec, rows, dictation, reading = (
-        out / name for name in ("world", "encoder", "codec", "rows", "dictation", "reading")
+    world, encoder, codec, rows, dictation = (
+        out / name for name in ("world", "encoder", "codec", "rows", "dictation")
     )
     lm = out / f"lm-{kind}"
     stages = {name: out / kind / name for name in ("speak", "hear", "adapt", "finetune")}
-    written = world / "rows_written.jsonl"
+    written, answers, reading = (
+        world / f"rows_{name}.jsonl" for name in ("written", "train_coded", "reading_coded")
+    )
     talker, report = out / f"talker-{kind}", out / f"report-{kind}"
     parts = ("--encoder", encoder, "--codec", codec)
     # The training one comes last, so that its being there says that all are.
@@ -72,13 +74,14 @@ def plan(out: Path, *, kind: str = "llama") -> list[Part]:
     ]
     end = "talker/omni_config.json"
 
-    def prepare(name: str, source: str, target: Path) -> Part:
-        command = (sys.executable, ROOT / "recipes" / "prepare.py", world / source, "--out", target, *parts)
+    def prepare(name: str, source: Path, target: Path) -> Part:
+        command = (sys.executable, ROOT / "recipes" / "prepare.py", source, "--out", target, *parts)
         return Part(name, tuple(map(str, command)), target / "prepared.json")
 
-    def train(stage: int, name: str, *words: object) -> Part:
-        given = (*words, "--data", rows, f"out={stages[name]}")
-        return Part(name, recipe(stage, name, *given), stages[name] / end)
+    def train(stage: int, name: str, *start: object, data: Sequence[Path]) -> Part:
+        sources = (word for path in data for word in ("--data", path))
+        command = recipe(stage, name, *start, *sources, f"out={stages[name]}")
+        return Part(name, command, stages[name] / end)
 
     return [
         Part("world", script("build_world", "--out", world), world / "rows_train.jsonl"),
@@ -91,16 +94,12 @@ def plan(out: Path, *, kind: str = "llama") -> list[Part]:
             "codes", script("codec", "--data", world, "--out", codec, "--encode", *to_encode),
             world / "rows_train_coded.jsonl",
         ),
-        prepare("rows", "rows_train_coded.jsonl", rows),
-        prepare("dictation", "rows_dictation.jsonl", dictation),
-        prepare("reading", "rows_reading_coded.jsonl", reading),
-        train(1, "speak", "--base", lm, *parts, "--data", reading),
-        train(1, "hear", "--start", stages["speak"] / "talker", "--data", dictation),
-        train(2, "adapt", "--start", stages["hear"] / "talker", "--data", dictation, "--data", written),
-        train(
-            3, "finetune", "--start", stages["adapt"] / "talker",
-            "--data", dictation, "--data", written, "--data", reading,
-        ),
+        train(1, "speak", "--base", lm, *parts, data=(answers, reading)),
+        prepare("rows", answers, rows),
+        prepare("dictation", world / "rows_dictation.jsonl", dictation),
+        train(1, "hear", "--start", stages["speak"] / "talker", data=(rows, dictation)),
+        train(2, "adapt", "--start", stages["hear"] / "talker", data=(rows, dictation, written)),
+        train(3, "finetune", "--start", stages["adapt"] / "talker", data=(rows, dictation, written, reading)),
         Part(
             "ship", script("ship", stages["finetune"] / "talker", "--out", talker), talker / "README.md",
         ),

@@ -76,6 +76,9 @@ ANSWER = next(voice for voice in VOICES if "answer" in voice.roles)
 SEEN = tuple(voice for voice in VOICES if "seen" in voice.roles)
 UNSEEN = tuple(voice for voice in VOICES if "unseen" in voice.roles)
 
+READING_SPEED, READING_MARGIN_S, READING_LEVEL_DB = 1.2, 0.05, -3.0
+"""How :func:`read_out` says each word: factor of the speed, silence around it, peak below full scale."""
+
 _ESPEAK_WORDS_PER_MINUTE = 175
 _ESPEAK_PITCH, _ESPEAK_PITCH_STEPS = 50, 100.0  # its middle pitch; steps from there to twice the frequency
 
@@ -100,6 +103,29 @@ def speak(text: str, voice: Voice, *, speed: float = 1.0, pitch: float = 1.0) ->
     assert isinstance(spoken.audio, bytes)
     samples, rate = soundfile.read(BytesIO(spoken.audio), dtype="float32")
     return samples, rate
+
+
+def read_out(text: str, voice: Voice, *, sampling_rate: int, multiple: int) -> Samples:
+    """Read ``text`` out word by word, as talking clocks do: a word sounds alike wherever it stands.
+
+    Args:
+        text: words, with single spaces between them.
+        voice: an entry of ``VOICES``.
+        sampling_rate: of the result, Hz.
+        multiple: each word takes a multiple of so many samples; silence fills it up.
+
+    Returns:
+        float32 samples [N].
+    """
+    spoken = [_word_alone(word, voice, sampling_rate) for word in text.split()]
+    return np.concatenate([np.pad(samples, (0, -len(samples) % multiple)) for samples in spoken])
+
+
+@cache
+def _word_alone(word: str, voice: Voice, sampling_rate: int) -> Samples:
+    spoken, rate = speak(word, voice, speed=READING_SPEED)
+    samples = trim(resample(spoken, rate, sampling_rate), sampling_rate, margin_s=READING_MARGIN_S)
+    return at_level(samples, READING_LEVEL_DB)
 
 
 def _command(voice: Voice, *, speed: float, pitch: float) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -23,6 +23,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from omni_adapter.config import dump
 from omni_adapter.data.collator import Batch
@@ -51,6 +52,10 @@ EXIT_STOPPED = 75
 """Exit code of a run that a signal stopped after it saved its state; the same command goes on with it."""
 
 CHECKPOINT_FOLDER = "checkpoints"
+
+SHORT_POSITIONS = 128
+"""Up to so many positions attention trains quicker on a CPU as plain products: the backward pass of the fused
+kind takes several times as long there (``omni-adapter bench --train --length 64``)."""
 
 
 class Feed(Protocol):
@@ -281,9 +286,10 @@ class Trainer:
                 if self._stop_asked and not self.engine.meets_in_layers:
                     was_cut_short = True
                     break
-                with self.accelerator.autocast():
-                    loss, further = self.objective.measure(self.engine.model, batch.to(device), counts)
-                self.engine.backward(loss, is_last=number + 1 == len(batches))
+                with attention_for(batch.grid.shape[-1], device):
+                    with self.accelerator.autocast():
+                        loss, further = self.objective.measure(self.engine.model, batch.to(device), counts)
+                    self.engine.backward(loss, is_last=number + 1 == len(batches))
                 sums += further.detach()
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error) or self.engine.meets_in_layers:
@@ -453,6 +459,13 @@ class Trainer:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def attention_for(num_positions: int, device: torch.device) -> AbstractContextManager[None]:
+    """Return the context for a pass forward and backward: how attention over so many positions runs."""
+    if device.type == "cpu" and num_positions <= SHORT_POSITIONS:
+        return sdpa_kernel(SDPBackend.MATH)
+    return nullcontext()
 
 
 def _now(device: torch.device) -> float:

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -224,6 +225,15 @@ def test_pitch_is_a_factor(name):
     voice = voices.voice_named(name)
     low, high = (pitch_hz(*voices.speak("hello anna how are you", voice, pitch=p)) for p in (0.85, 1.2))
     assert 1.25 < high / low < 1.6
+
+
+@programs
+def test_a_word_that_is_read_out_sounds_alike_wherever_it_stands():
+    say = partial(voices.read_out, voice=voices.ANSWER, sampling_rate=24_000, multiple=2048)
+    two, three = say("two"), say("three")
+    assert len(two) % 2048 == len(three) % 2048 == 0
+    assert 0.3 < len(three) / 24_000 < 1
+    np.testing.assert_array_equal(say("two three two"), np.concatenate((two, three, two)))
 
 
 @programs

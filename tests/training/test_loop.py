@@ -5,11 +5,14 @@ import math
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from accelerate.state import AcceleratorState
+from torch.profiler import ProfilerActivity, profile
 
 from omni_adapter.data.dataset import Batching
 from omni_adapter.errors import CheckpointError, TrainingError
@@ -20,6 +23,8 @@ from omni_adapter.training.loop import (
     CHECKPOINT_FOLDER,
     EXIT_FINISHED,
     EXIT_STOPPED,
+    SHORT_POSITIONS,
+    attention_for,
 )
 from omni_adapter.training.optimizer import rate_share
 from tests.training.toy import ToyModel, curve, make_settings, make_trainer, run, stop_at, weights, write_rows
@@ -150,6 +155,22 @@ def poison(model: ToyModel, calls: set[int]):
         return (outputs[0] * (math.nan if model.calls in calls else 1),)
 
     model.register_forward_hook(hook)
+
+
+@pytest.mark.parametrize(("device", "is_fused"), [("cpu", False), ("meta", True)])
+def test_short_samples_attend_by_products_on_a_cpu(device, is_fused):
+    def gradients(context):
+        query = torch.randn(1, 2, 8, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        with context, profile(activities=[ProfilerActivity.CPU]) as seen:
+            F.scaled_dot_product_attention(query, query, query, is_causal=True).sum().backward()
+        return query.grad, any("flash" in event.key for event in seen.key_averages())
+
+    plain, was_fused = gradients(nullcontext())
+    assert was_fused
+    for positions in (1, SHORT_POSITIONS, SHORT_POSITIONS + 1):
+        found, was_fused = gradients(attention_for(positions, torch.device(device)))
+        assert was_fused == (is_fused or positions > SHORT_POSITIONS)
+        torch.testing.assert_close(found, plain)
 
 
 def test_step_that_is_not_finite_is_not_taken(rows, tmp_path):
