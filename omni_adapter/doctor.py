@@ -25,7 +25,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -270,8 +269,8 @@ def _facts_of_tokenizer(
     name: str, lm: PreTrainedModel, options: hub.HubOptions, findings: _Findings
 ) -> dict[str, Any]:
     tokenizer: Any = findings.attempt(
-        lambda: AutoTokenizer.from_pretrained(name, **options.arguments()),
-        *(OSError, ValueError, ImportError),
+        lambda: hub.load_tokenizer(name, options),
+        BackboneError,
         what="a tokenizer that can be loaded",
     )
     if tokenizer is None:
@@ -559,10 +558,7 @@ def processor_without_weights(
     found_encoder, found_codec = _find_encoder(str(encoder), findings), _find_codec(str(codec), findings)
     if found_encoder is None or found_codec is None:
         raise CheckpointError("; ".join(findings.missing))
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(str(base), **options.arguments())
-    except (OSError, ValueError, ImportError) as error:
-        raise BackboneError(f"{base} has no tokenizer that transformers can load: {error}") from error
+    tokenizer: Any = hub.load_tokenizer(str(base), options)
     with torch.device("meta"):
         lm = _build(config)
     ends = find_text_end_ids(tokenizer, _eos_token_ids(str(base), lm, options))

@@ -13,6 +13,8 @@ import pytest
 import torch
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoConfig, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 from examples.untrained_talker import make_parts
@@ -100,6 +102,23 @@ def changed_config(folder: Path, **values) -> dict[str, bytes]:
 
 
 # wrapping by Hub id
+
+
+def test_a_base_of_a_known_type_keeps_a_tokenizer_of_its_own(tmp_path):
+    """transformers gives some types their own class, whatever tokenizer the base was made with."""
+    words = Tokenizer(models.WordLevel({"<end>": 0, "two": 1, "plus": 2, "?": 3}, unk_token="?"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    own = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>", unk_token="?")
+    assert own("two plus two three")["input_ids"] == [1, 2, 1, 3]
+    for kind in ("qwen2", "llama", "phi3"):
+        folder = tmp_path / kind
+        AutoConfig.for_model(kind).save_pretrained(folder)
+        own.save_pretrained(folder)
+        loaded = hub.load_tokenizer(str(folder), hub.HubOptions())
+        assert loaded("two plus two three")["input_ids"] == [1, 2, 1, 3], kind
+    (tmp_path / "phi3" / "tokenizer.json").unlink()
+    with pytest.raises(BackboneError, match="phi3 has no tokenizer that transformers can load"):
+        hub.load_tokenizer(str(tmp_path / "phi3"), hub.HubOptions())
 
 
 def test_parts_are_named_by_id_and_commit(server, wrapped):

@@ -1,11 +1,12 @@
 """Choices that the paper leaves open, tried on the tiny world: trained by the same recipes, judged alike.
 
-    python examples/tiny_talker/ablations.py --out build/tiny --scale 0.15 [--only NAME ...] [--list]
+    python examples/tiny_talker/ablations.py --out build/tiny [--scale 0.4] [--only NAME ...] [--list]
 
-The tiny world's parts in; ``OUT/ablations.json`` and ``OUT/ablations.md`` out. A variant is the shipped
-recipe with a few settings given on its command line, nothing else, and a share of its steps. Variants that
-are in the JSON are skipped, stages that two variants have in common are trained once, and a run that was
-stopped goes on.
+What ``make.py`` made in; ``OUT/ablations.json`` and ``OUT/ablations.md`` out. A choice is tried where it
+matters: what speaking depends on in the stage that learns to speak, how the LM learns in stages 2 and 3, on
+from the recipe's stage 1, and decoding with the finished talker. A variant is the shipped recipe with a few
+settings given on its command line, nothing else, and a share of its steps. Variants that are in the JSON are
+skipped, and a run that was stopped goes on.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
@@ -28,29 +30,48 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from make import KINDS, ROOT
 from make import plan as plan_of_all
 
-from omni_adapter.data.layout import TASKS
-from omni_adapter.training.stages import get_stage
-
 _NONE: Mapping[str, Any] = {}
+
+
+class Trial(NamedTuple):
+    """Where choices are tried.
+
+    Attributes:
+        name: what it is called.
+        parts: parts of ``make.py`` that are trained for it; none for the finished talker.
+        figures: what is judged.
+    """
+
+    name: str
+    parts: tuple[str, ...]
+    figures: tuple[str, ...]
+
+
+READING = Trial("speaking", ("speak",), ("reading WER", "codec WER", "ended by itself"))
+ANSWERING = Trial(
+    "answering",
+    ("adapt", "finetune"),
+    ("answer from text", "answer from speech", "transcript WER", "reply WER", "ended by itself"),
+)
+DECODING = Trial("decoding", (), ANSWERING.figures)
+TRIALS = (READING, ANSWERING, DECODING)
 
 
 class Variant(NamedTuple):
     """One choice.
 
     Attributes:
+        trial: where it is tried.
         axis: what is chosen.
         name: what for.
-        wrap: settings of the talker, given where the LM is wrapped.
-        loss: settings of the loss, given to the stages that learn to speak.
-        lm: settings of the LM, given to the stages in which it learns, 2 and 3.
+        settings: given on the command line of each stage.
         decoding: fields of ``GenerationSettings``.
     """
 
+    trial: Trial
     axis: str
     name: str
-    wrap: tuple[str, ...] = ()
-    loss: tuple[str, ...] = ()
-    lm: tuple[str, ...] = ()
+    settings: tuple[str, ...] = ()
     decoding: Mapping[str, Any] = _NONE
 
     @property
@@ -58,31 +79,33 @@ class Variant(NamedTuple):
         """Names it among all."""
         return f"{self.axis}: {self.name}"
 
-    def words(self, *, wraps: bool, speaks: bool, moves_lm: bool) -> Iterator[str]:
-        """Yield what it adds to the command line of a stage, by what the stage does."""
-        yield from (f"model.wrap.{setting}" for setting in self.wrap if wraps)
-        yield from (f"loss.{setting}" for setting in self.loss if speaks)
-        yield from (f"model.{setting}" for setting in self.lm if moves_lm)
 
-
-BLOCKS, WEIGHTS = "TTS blocks", "weights of the rows"
+SHIPPED = "as shipped"
+BLOCKS, WEIGHTS, LM = "TTS blocks", "weights of the rows", "the LM in stages 2 and 3"
 VARIANTS: tuple[Variant, ...] = (
-    Variant("recipe", "as shipped"),
-    Variant("decoding", "parallel, not batch-parallel", decoding={"batch_parallel": False}),
-    Variant(BLOCKS, "0", wrap=("tts_layers=0",)),
+    Variant(READING, "speaking", SHIPPED),
+    Variant(READING, BLOCKS, "0", ("model.wrap.tts_layers=0",)),
     *(
-        Variant(BLOCKS, f"{layers}, {init}", wrap=(f"tts_layers={layers}", f"tts.init={init}"))
+        Variant(
+            READING, BLOCKS, f"{layers}, {init}",
+            (f"model.wrap.tts_layers={layers}", f"model.wrap.tts.init={init}"),
+        )
         for layers in (2, 6)
         for init in ("identity", "scaled")
     ),
-    Variant("fusion", "mean", wrap=("fusion=mean",)),
-    *(Variant("text lead", f"{steps} steps", wrap=(f"delay.text_lead={steps}",)) for steps in (2, 4)),
-    Variant(WEIGHTS, "coarse codes more", loss=("row_weights=[2.0,1.5,0.5,0.5,1.5,0.5,0.5]",)),
-    Variant(WEIGHTS, "text as much as all codes", loss=("text_weight=7.0",)),
-    Variant("the LM in stages 2 and 3", "LoRA", lm=("lm=lora", "lora.rank=16")),
-    Variant("the LM in stages 2 and 3", "full", lm=("lm=full",)),
-)
-"""The shipped recipe, then what differs from it."""
+    Variant(READING, "fusion", "mean", ("model.wrap.fusion=mean",)),
+    *(
+        Variant(READING, "text lead", f"{steps} steps", (f"model.wrap.delay.text_lead={steps}",))
+        for steps in (2, 4)
+    ),
+    Variant(READING, WEIGHTS, "coarse codes more", ("loss.row_weights=[2.0,1.5,0.5,0.5,1.5,0.5,0.5]",)),
+    Variant(ANSWERING, "answering", SHIPPED),
+    Variant(ANSWERING, WEIGHTS, "text as much as each row of codes", ("loss.text_weight=1.0",)),
+    Variant(ANSWERING, LM, "LoRA", ("model.lm=lora", "model.lora.rank=16")),
+    Variant(DECODING, "decoding", "batch-parallel, as shipped"),
+    Variant(DECODING, "decoding", "parallel", decoding={"batch_parallel": False}),
+)  # fmt: skip
+"""The shipped recipe, and what differs from it, trial by trial."""
 
 
 class Stage(NamedTuple):
@@ -98,7 +121,7 @@ class Stage(NamedTuple):
 
 
 def plan(variant: Variant, out: Path, *, kind: str, scale: float) -> list[Stage]:
-    """Return the training runs of a variant: those of ``make.py``, with its settings, in folders of its own.
+    """Return the training runs of a variant: parts of ``make.py``, with its settings, in folders of its own.
 
     Args:
         variant: what to train.
@@ -109,18 +132,12 @@ def plan(variant: Variant, out: Path, *, kind: str, scale: float) -> list[Stage]
     stages: list[Stage] = []
     told: list[str] = []
     for part in plan_of_all(out, kind=kind):
-        if "--config" not in part.command:
+        if part.name not in variant.trial.parts:
             continue
         command = list(part.command)
-        config = Path(command[command.index("--config") + 1])
-        values = yaml.safe_load(config.read_text(encoding="utf-8"))
-        learning = get_stage(values["stage"])
-        tasks = values["data"].get("tasks") or learning.tasks
-        added = variant.words(
-            wraps=not stages, speaks=any(TASKS[task].speaks for task in tasks), moves_lm=learning.trains_lm
-        )
-        words = [*_shortened(values, scale), *added]
-        told.extend((part.name, config.read_text(encoding="utf-8"), *words))
+        config = Path(command[command.index("--config") + 1]).read_text(encoding="utf-8")
+        words = [*_shortened(yaml.safe_load(config), scale), *variant.settings]
+        told.extend((part.name, config, *words))
         digest = hashlib.blake2b("\n".join((kind, *told)).encode(), digest_size=4).hexdigest()
         run = out / "ablations" / f"{part.name}-{digest}"
         command = [f"out={run}" if word.startswith("out=") else word for word in command]
@@ -161,21 +178,50 @@ def train(stages: Sequence[Stage]) -> float:
     return seconds
 
 
-def judge(talker: Path, world: Path, *, count: int, jobs: int, decoding: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the figures of a talker on held-out questions, asked by seen voices."""
-    from evaluate import Ears, choose, examine, read_world, summarise
+def judge(
+    trial: Trial, talker: Path, world: Path, *, count: int, jobs: int, decoding: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the figures of a talker on held-out questions, or on reading out their answers."""
+    from evaluate import Ears, choose, read_world
 
     from omni_adapter import OmniAdapter
 
     known = read_world(world)
-    found = examine(
-        OmniAdapter.from_pretrained(talker, dtype="float32"),
-        choose(known.questions, count),
-        Ears(known.words, jobs=jobs),
-        voices=("seen",),
-        **decoding,
-    )
-    figures = summarise(found)
+    this = OmniAdapter.from_pretrained(talker, dtype="float32")
+    ears, questions = Ears(known.words, jobs=jobs), choose(known.questions, count)
+    if trial is READING:
+        return _judge_reading(this, questions, ears)
+    return _judge_answers(this, questions, ears, decoding)
+
+
+def _judge_reading(talker: Any, questions: list[Any], ears: Any) -> dict[str, Any]:
+    """Figures of reading answers out."""
+    from evaluate import ask_all, decode, reply_clips
+    from judge import count_word_errors
+
+    texts = [question.answer for question in questions]
+    asked = [[{"role": "user", "content": text}] for text in texts]
+    replies = ask_all(talker, asked, task="tts")
+    codes = [torch.tensor(question.codes) for question in questions]
+    read = count_word_errors(texts, ears.hear(reply_clips(replies)))
+    ceiling = count_word_errors(texts, ears.hear(decode(talker, codes)))
+    ended = [reply.finish_reason == "end" for reply in replies]
+    return {
+        "questions": len(questions),
+        "reading WER": read.rate,
+        "codec WER": ceiling.rate,
+        "ended by itself": sum(ended) / len(ended),
+        "intervals": {"reading WER": read.interval()[1:]},
+    }
+
+
+def _judge_answers(
+    talker: Any, questions: list[Any], ears: Any, decoding: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Figures of answers to questions in seen voices."""
+    from evaluate import examine, summarise
+
+    figures = summarise(examine(talker, questions, ears, voices=("seen",), **decoding))
     spoken = figures["spoken_replies"]["seen"]
     return {
         "questions": figures["questions"],
@@ -183,7 +229,6 @@ def judge(talker: Path, world: Path, *, count: int, jobs: int, decoding: Mapping
         "answer from speech": figures["text_answers"]["from speech, seen voices"]["value"],
         "transcript WER": figures["transcripts"]["seen"]["wer"]["value"],
         "reply WER": spoken["wer"]["value"],
-        "reply WER against own text": spoken["wer_against_own_text"]["value"],
         "codec WER": figures["ceilings"]["codec"]["wer"]["value"],
         "ended by itself": figures["endings"]["value"],
         "intervals": {
@@ -211,35 +256,28 @@ def is_done(results: Mapping[str, Any], variant: Variant, budget: Mapping[str, A
 
 def describe(variant: Variant) -> dict[str, Any]:
     """Return what a variant changes, as JSON."""
-    changes = variant._asdict().items()
     return {
-        name: dict(value) if isinstance(value, Mapping) else list(value)
-        for name, value in changes
-        if name not in ("axis", "name")
+        "trial": variant.trial.name,
+        "settings": list(variant.settings),
+        "decoding": dict(variant.decoding),
     }
 
 
-FIGURES = (
-    "answer from text", "answer from speech", "transcript WER", "reply WER", "reply WER against own text",
-    "ended by itself",
-)  # fmt: skip
-
-
-def write_table(results: Mapping[str, Any]) -> str:
-    """Return the results in Markdown, in the order of ``VARIANTS``."""
-    known = [variant for variant in VARIANTS if variant.key in results]
-    lines = [f"| choice | | {' | '.join(FIGURES)} |", f"|---|---|{'---|' * len(FIGURES)}"]
-    for variant in known:
-        figures = [f"{100 * results[variant.key]['figures'][name]:.1f} %" for name in FIGURES]
-        lines.append(f"| {variant.axis} | {variant.name} | {' | '.join(figures)} |")
-    if known:
+def write_tables(results: Mapping[str, Any]) -> str:
+    """Return the results in Markdown, a table for each trial, in the order of ``VARIANTS``."""
+    lines: list[str] = []
+    for trial in TRIALS:
+        known = [variant for variant in VARIANTS if variant.trial is trial and variant.key in results]
+        if not known:
+            continue
+        lines += [f"| choice | | {' | '.join(trial.figures)} |", f"|---|---|{'---|' * len(trial.figures)}"]
+        for variant in known:
+            figures = [f"{100 * results[variant.key]['figures'][name]:.1f} %" for name in trial.figures]
+            lines.append(f"| {variant.axis} | {variant.name} | {' | '.join(figures)} |")
         figures, budget = (results[known[0].key][key] for key in ("figures", "budget"))
-        lines += [
-            "",
-            f"{figures['questions']} held-out questions, seen voices; {budget['scale']:g} of the recipe's "
-            f"steps; the codec's own WER is {100 * figures['codec WER']:.1f} %.",
-        ]
-    return "\n".join([*lines, ""])
+        trained = f"{budget['scale']:g} of the recipe's steps" if trial.parts else "the finished talker"
+        lines += ["", f"{figures['questions']} held-out questions; {trained}.", ""]
+    return "\n".join(lines)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -260,7 +298,8 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"{variant.key}", flush=True)
         seconds = train(stages)
         figures = judge(
-            stages[-1].talker,
+            variant.trial,
+            stages[-1].talker if stages else out / f"talker-{arguments.kind}",
             out / "world",
             count=arguments.questions,
             jobs=arguments.jobs,
@@ -273,7 +312,7 @@ def run(arguments: argparse.Namespace) -> None:
         partial = path.with_suffix(".part")
         partial.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         os.replace(partial, path)
-        path.with_suffix(".md").write_text(write_table(results), encoding="utf-8")
+        path.with_suffix(".md").write_text(write_tables(results), encoding="utf-8")
 
 
 def main() -> None:
@@ -281,7 +320,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Try what the paper leaves open, on the tiny world.")
     parser.add_argument("--out", type=Path, default=Path("build/tiny"), help="folder of everything")
     parser.add_argument("--kind", choices=KINDS, default=KINDS[0], help="architecture of the LM")
-    parser.add_argument("--scale", type=float, default=0.15, help="share of the recipe's steps")
+    parser.add_argument("--scale", type=float, default=0.4, help="share of the recipe's steps")
     parser.add_argument("--questions", type=int, default=100, help="held-out questions to judge by")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes that listen")
     parser.add_argument("--only", nargs="*", metavar="NAME", help="keys of variants, as --list shows them")

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
@@ -35,6 +35,7 @@ from omni_adapter import OmniAdapter
 from omni_adapter.audio.waveform import read_waveform
 from omni_adapter.data.processor import Message
 from omni_adapter.generation.streaming import Reply
+from omni_adapter.hub import HubOptions, load_tokenizer
 from omni_adapter.hub.files import read_datasets
 from omni_adapter.hub.saving import save_card
 from omni_adapter.model_card import CardFacts
@@ -190,7 +191,7 @@ def ask_all(
 
 def answer_with_lm(folder: Path, questions: Sequence[Question]) -> list[str]:
     """Return the answers of a bare causal LM, without anything that was added to it."""
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = load_tokenizer(str(folder), HubOptions(local_files_only=True))
     lm: Any = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype="float32")
     lm.eval()
     answers = []

@@ -27,12 +27,14 @@ class Sample(NamedTuple):
         recordings: what is heard, in order.
         id: name, for messages.
         teacher: the same answer after a prompt in text alone, where the base itself is to teach it.
+        transcript: ids of what the last recording says, where that is known.
     """
 
     layout: Layout
     recordings: tuple[Recording, ...] = ()
     id: str = ""
     teacher: "Sample | None" = None
+    transcript: tuple[int, ...] | None = None
 
 
 class ClipPlace(NamedTuple):
@@ -58,6 +60,7 @@ class Batch:
             row holds one sample.
         ids: names of the samples, row by row.
         teacher: the samples that the base itself teaches, after prompts in text alone, in the same order.
+        transcripts: ids of what each of ``clips`` says, None where that is unknown.
     """
 
     grid: Tensor
@@ -69,6 +72,7 @@ class Batch:
     segments: Tensor | None = None
     ids: tuple[str, ...] = ()
     teacher: "Batch | None" = None
+    transcripts: tuple[tuple[int, ...] | None, ...] = ()
 
     @property
     def is_padded(self) -> bool:
@@ -94,6 +98,7 @@ class Batch:
             self.segments.to(device) if self.segments is not None else None,
             self.ids,
             self.teacher.to(device) if self.teacher else None,
+            self.transcripts,
         )
 
 
@@ -124,7 +129,26 @@ def collate(samples: Sequence[Sample], *, rules: GridRules, side: Literal["left"
     clips = Clips.of(recordings) if recordings else None
     ids = tuple(sample.id for sample in samples)
     teacher = teacher_of(samples, rules=rules)
-    return Batch(grid, labels, mask, positions, tuple(places), clips, ids=ids, teacher=teacher)
+    return Batch(
+        grid,
+        labels,
+        mask,
+        positions,
+        tuple(places),
+        clips,
+        ids=ids,
+        teacher=teacher,
+        transcripts=transcripts_of(samples),
+    )
+
+
+def transcripts_of(samples: Sequence[Sample]) -> tuple[tuple[int, ...] | None, ...]:
+    """Return what each recording of the samples says, as far as it is known: the last one of each sample."""
+    return tuple(
+        sample.transcript if recording is sample.recordings[-1] else None
+        for sample in samples
+        for recording in sample.recordings
+    )
 
 
 def teacher_of(samples: Sequence[Sample], *, rules: GridRules) -> Batch | None:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from omni_adapter.audio.clips import Clips
-from omni_adapter.data.collator import PADDING, Batch, ClipPlace, Sample, teacher_of
+from omni_adapter.data.collator import PADDING, Batch, ClipPlace, Sample, teacher_of, transcripts_of
 from omni_adapter.data.layout import GridRules
 from omni_adapter.errors import DataError
 from omni_adapter.vocab import IGNORE_INDEX
@@ -97,4 +97,5 @@ def collate_packed(rows: Sequence[Sequence[Sample]], *, rules: GridRules) -> Bat
         segments=segments,
         ids=tuple(sample.id for sample in samples),
         teacher=teacher_of(samples, rules=rules),
+        transcripts=transcripts_of(samples),
     )

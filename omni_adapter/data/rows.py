@@ -276,7 +276,10 @@ def to_sample(
     steps = sample.layout.grid.shape[1]
     if max_steps is not None and steps > max_steps:
         raise RowError(f"{row.id} takes {steps} steps, the run allows {max_steps}", reason="too_long")
-    return sample._replace(id=row.id, teacher=teacher)
+    transcript = None
+    if sample.recordings and row.text_in is not None:
+        transcript = processor.text_ids(row.text_in)[:-1]
+    return sample._replace(id=row.id, teacher=teacher, transcript=transcript)
 
 
 def _teacher(row: Row, processor: OmniProcessor, answer: Answer) -> Sample | None:

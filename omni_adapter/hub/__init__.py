@@ -26,6 +26,7 @@ from omni_adapter.hub.parts import (
     load_base,
     load_codec,
     load_encoder,
+    load_tokenizer,
     read_lm_config,
 )
 from omni_adapter.hub.saving import parts_inside, plain_lm, save_added, save_card, save_parts
@@ -46,6 +47,7 @@ __all__ = [
     "load_base",
     "load_codec",
     "load_encoder",
+    "load_tokenizer",
     "part_location",
     "parts_inside",
     "plain_lm",

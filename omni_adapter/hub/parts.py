@@ -21,7 +21,9 @@ from transformers import (
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
 )
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils.hub import cached_file
 
 from omni_adapter.audio.codec import Codec, SnacCodec
@@ -77,7 +79,7 @@ def load_base(
     if tokenizer is None:
         if not name:
             raise BackboneError("the base came as a loaded model without a name; pass its tokenizer= as well")
-        tokenizer = _load_tokenizer(name, options)
+        tokenizer = load_tokenizer(name, options)
     return lm, tokenizer, ref
 
 
@@ -222,15 +224,33 @@ def _lm_class(name: str, config: PreTrainedConfig) -> Any:
     )
 
 
-def _load_tokenizer(name: str, options: HubOptions) -> Any:
+def load_tokenizer(name: str, options: HubOptions) -> Any:
+    """Load a tokenizer as its own files describe it.
+
+    For bases of some types transformers takes the type's own class whatever the files say, and a tokenizer
+    that was made for a base of its own then reads the same words as other ids. One that calls itself a plain
+    tokenizer of the tokenizers library is therefore loaded as that.
+
+    Raises:
+        BackboneError: if transformers cannot load it.
+    """
     try:
         try:
-            return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options.arguments())
+            return _read_tokenizer(name, options)
         except HTTP_ERROR:  # even one that is in the cache asks the Hub for more chat templates
-            options = replace(options, local_files_only=True)
-            return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options.arguments())
+            return _read_tokenizer(name, replace(options, local_files_only=True))
     except _LOAD_ERRORS as error:
         raise BackboneError(f"{name} has no tokenizer that transformers can load: {error}") from error
+
+
+def _read_tokenizer(name: str, options: HubOptions) -> Any:
+    found = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options.arguments())
+    if type(found) is PreTrainedTokenizerFast:
+        return found
+    named = get_tokenizer_config(name, **options.arguments()).get("tokenizer_class")
+    if named not in (PreTrainedTokenizerFast.__name__, "PreTrainedTokenizerFast"):
+        return found
+    return PreTrainedTokenizerFast.from_pretrained(name, **options.arguments())
 
 
 def _check_base_config(name: str, options: HubOptions) -> None:

@@ -27,6 +27,7 @@ from omni_adapter.config import Positive
 from omni_adapter.data.collator import Batch
 from omni_adapter.errors import ConfigError, PromptError
 from omni_adapter.model import OmniModel
+from omni_adapter.training.alignment import transcript_loss
 from omni_adapter.vocab import IGNORE_INDEX
 
 Weight = Annotated[float, Field(ge=0)]
@@ -50,6 +51,9 @@ class LossSettings:
         distil: text answers to speech are learned from the base itself: from the distribution that it gives,
             without LoRA, for the same question in text (Ultravox). Teaches hearing without moving the base.
         temperature: by which logits are divided then.
+        ctc_weight: weight of what recordings say, ``text_in`` of their rows, as a loss on what the LM is fed
+            for them (``omni_adapter.training.alignment``), added to that of the text row. Hearing is learned
+            in a fraction of the steps. 0 for the paper's stages.
         chunk_logits: logits that exist at a time.
     """
 
@@ -59,6 +63,7 @@ class LossSettings:
     normalisation: Normalisation = "joint"
     distil: bool = False
     temperature: Annotated[float, Field(gt=0)] = 2.0
+    ctc_weight: Weight = 0.0
     chunk_logits: Positive = 1 << 25
 
 
@@ -158,8 +163,9 @@ class TrainingModel(nn.Module):
         """
         targets = self._targets(batch)
         attention_mask, position_ids = _attention(batch)
+        embeddings, said = self._embed(batch)
         output = self.model.backbone(
-            self._embed(batch),
+            embeddings,
             attention_mask=attention_mask,
             position_ids=position_ids,
             logits_to_keep=0 if self._needs_logits else 1,
@@ -175,7 +181,7 @@ class TrainingModel(nn.Module):
         report = torch.cat((code_report, text_report)).detach()
         weights = torch.tensor(self._weights, device=report.device)
         return Losses(
-            torch.cat((codes, text)),
+            torch.cat((codes, text if said is None else text + self.settings.ctc_weight * said)),
             targets.counts,
             report[:, 0],
             report[:, 1],
@@ -197,13 +203,20 @@ class TrainingModel(nn.Module):
             labels = _with_pads(batch, code_pad=self.model.config.vocabulary.pad, text_pad=text_pad)
         return _Targets.of(batch, labels, pad_weight=self.settings.pad_weight)
 
-    def _embed(self, batch: Batch) -> Tensor:
-        """What the LM is fed, [B, S, D]."""
+    def _embed(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """What the LM is fed, [B, S, D], and the loss of what recordings say in it, if that is learned."""
+        learns_words = self.settings.ctc_weight > 0 and _learns(self.model.audio_adapter)
         if batch.clips is not None or not _learns(self.model.audio_adapter):
             heard = self.model.hear(batch.clips) if batch.clips is not None else []
-            return self.model.embed(batch.grid, places=batch.places, heard=heard)
-        (silence,) = self.model.hear(self._silence(batch.grid.device))
-        return self.model.embed(batch.grid) + 0 * silence.sum()
+            embeddings = self.model.embed(batch.grid, places=batch.places, heard=heard)
+        else:
+            (silence,) = self.model.hear(self._silence(batch.grid.device))
+            heard, embeddings = [], self.model.embed(batch.grid) + 0 * silence.sum()
+        said = None
+        if learns_words:
+            embed, device = self.model.backbone.embed, batch.grid.device
+            said = transcript_loss(heard, batch.transcripts, embed, device=device)
+        return embeddings, said
 
     def _silence(self, device: torch.device) -> Clips:
         """A recording that nobody hears."""

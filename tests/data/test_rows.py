@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from omni_adapter.data.collator import transcripts_of
 from omni_adapter.data.layout import TASKS
 from omni_adapter.data.rows import (
     COLUMNS,
@@ -222,6 +223,26 @@ def test_rows_that_the_base_cannot_teach_are_named(talker, question):
     with pytest.raises(RowError, match="the base cannot teach asr") as caught:
         to_sample(written, talker.processor, taught=True)
     assert caught.value.reason == "not_taught"
+
+
+def test_what_is_heard_is_known_where_the_row_says_it(talker, question):
+    """The last recording's words, whatever is asked; nothing for text or where the row is silent."""
+    expected = tuple(talker.tokenizer(WHOLE["text_in"], add_special_tokens=False)["input_ids"])
+    spoken = {"role": "user", "content": [{"type": "audio", "audio": question}]}
+    turns = [spoken, {"role": "assistant", "content": "I am fine."}]
+    for task, row in (
+        ("asr", {"audio_in": question}),
+        ("speech_to_text", {"audio_in": question, "turns": turns}),
+    ):
+        sample = to_sample(parse_row({**WHOLE, **row}, task=task), talker.processor)
+        assert sample.transcript == expected
+        missing = (None,) * (len(sample.recordings) - 1)
+        assert transcripts_of([sample, sample]) == 2 * (*missing, expected)
+    silent = {**WHOLE, "audio_in": question, "text_in": None}
+    assert to_sample(parse_row(silent, task="speech_to_text"), talker.processor).transcript is None
+    written = to_sample(parse_row(WHOLE, task="text_to_speech"), talker.processor)
+    assert written.transcript is None
+    assert transcripts_of([written]) == ()
 
 
 def test_earlier_turns_are_part_of_the_prompt(talker):

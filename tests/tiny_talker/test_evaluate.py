@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 import sys
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -221,26 +220,25 @@ def test_a_report_of_an_untrained_talker_is_whole(
     assert "pocketsphinx" in (talker / "README.md").read_text()
 
 
+def read_coded(world: Path) -> list[dict]:
+    """The held-out rows with some codes that every codec has, five frames each."""
+    codes = [[(3 * row + frame) % 16 for frame in range(5)] for row in range(7)]
+    lines = (world / "rows_heldout_seen.jsonl").read_text().splitlines()
+    return [{**json.loads(line), "codes_out": codes} for line in lines]
+
+
 def test_the_ceiling_is_of_the_codes_that_training_has(world: Path, talker, tmp_path: Path) -> None:
     """The world's codes are what the talker learned to say; the codec's own encoder may be worse."""
     shutil.copytree(world, tmp_path / "world")
     questions = evaluate.choose(evaluate.read_world(world).questions, 2)
     assert set(evaluate.make_ceilings(talker, questions)) == {"synthesizer", "codec"}
-    spec = talker.codec.spec
-    codes = [
-        [(3 * row + frame) % spec.codebook_size for frame in range(5)] for row in range(spec.num_codebooks)
-    ]
-    rows = [
-        {**json.loads(line), "codes_out": codes}
-        for line in (world / "rows_heldout_seen.jsonl").read_text().splitlines()
-    ]
     (tmp_path / "world" / "rows_heldout_seen_coded.jsonl").write_text(
-        "".join(json.dumps(row) + "\n" for row in rows)
+        "".join(json.dumps(row) + "\n" for row in read_coded(world))
     )
     coded = evaluate.choose(evaluate.read_world(tmp_path / "world").questions, 2)
     made = evaluate.make_ceilings(talker, coded)
     assert set(made) == {"synthesizer", "codec", "codec with its own encoder"}
-    assert {len(clip.samples) for clip in made["codec"]} == {5 * spec.samples_per_frame}
+    assert {len(clip.samples) for clip in made["codec"]} == {5 * talker.codec.spec.samples_per_frame}
     assert len(made["codec with its own encoder"][0].samples) >= len(made["synthesizer"][0].samples)
 
 
@@ -290,16 +288,13 @@ def test_the_ablations_of_the_issue_are_there() -> None:
 
 
 def test_a_variant_is_the_recipe_with_its_settings() -> None:
-    """Only the wrapping stage gets those of the talker; each stage goes on from the one before."""
-    stages = _plan("TTS blocks: 6, scaled")
-    assert {"model.wrap.tts_layers=6", "model.wrap.tts.init=scaled"} <= set(stages[0].command)
-    for before, stage in pairwise(stages):
-        assert not any("wrap" in word for word in stage.command)
-        assert stage.command[stage.command.index("--start") + 1] == str(before.talker)
-        assert f"out={stage.folder}" in stage.command
+    """Speaking is wrapped anew with the settings; no other part of the recipe is trained."""
+    (stage,) = _plan("TTS blocks: 6, scaled")
+    assert {"model.wrap.tts_layers=6", "model.wrap.tts.init=scaled"} <= set(stage.command)
+    assert f"out={stage.folder}" in stage.command
     settings = load_settings(
-        Path(stages[0].command[stages[0].command.index("--config") + 1]),
-        [word for word in stages[0].command if "=" in word and not word.startswith("--")],
+        Path(stage.command[stage.command.index("--config") + 1]),
+        [word for word in stage.command if "=" in word and not word.startswith("--")],
     )
     assert settings.model.wrap["tts"] == {"init": "scaled"}
     full = _plan("TTS blocks: 6, scaled", scale=1.0)[0].command
@@ -307,20 +302,15 @@ def test_a_variant_is_the_recipe_with_its_settings() -> None:
     assert settings.optim.num_steps == round(0.1 * steps)
 
 
-def test_stages_in_common_are_trained_once() -> None:
-    shipped, lora = _plan("recipe: as shipped"), _plan("the LM in stages 2 and 3: LoRA")
-    folders = [
-        (one.folder, other.folder, "model.lm=lora" in other.command)
-        for one, other in zip(shipped, lora, strict=True)
-    ]
-    assert all((one == other) is not told for one, other, told in folders)
-    assert {told for *_, told in folders} == {True, False}
-    weights = _plan("weights of the rows: coarse codes more")
-    assert [one.folder == other.folder for one, other in zip(shipped, weights, strict=True)] == [
-        not any("row_weights" in word for stage in weights[: place + 1] for word in stage.command)
-        for place in range(len(weights))
-    ]
-    assert _plan("decoding: parallel, not batch-parallel") == shipped
+def test_the_lm_learns_on_from_the_hearing_of_the_recipe() -> None:
+    """Stages 2 and 3 of a variant follow each other; the first one starts where the recipe's does."""
+    adapt, finetune = _plan("the LM in stages 2 and 3: LoRA")
+    starts = [stage.command[stage.command.index("--start") + 1] for stage in (adapt, finetune)]
+    assert starts == ["build/tiny/llama/hear/talker", str(adapt.talker)]
+    assert all("model.lm=lora" in stage.command for stage in (adapt, finetune))
+    shipped = _plan("answering: as shipped")
+    assert not {stage.folder for stage in shipped} & {adapt.folder, finetune.folder}
+    assert _plan("decoding: parallel") == []
 
 
 def test_every_setting_of_a_variant_is_one_that_wrap_and_the_recipes_know(parts) -> None:
@@ -352,9 +342,10 @@ def test_finished_variants_are_skipped_and_the_table_grows(
 ) -> None:
     """The second call trains nothing; another budget does everything anew."""
     trained: list[str] = []
-    figures = {name: 0.5 for name in (*ablations.FIGURES, "codec WER")} | {"questions": 10}
+    names = {name for trial in ablations.TRIALS for name in trial.figures}
+    figures = {name: 0.5 for name in (*names, "codec WER")} | {"questions": 10}
     monkeypatch.setattr(ablations, "train", lambda stages: trained.append(stages[-1].folder.name) or 60.0)
-    monkeypatch.setattr(ablations, "judge", lambda talker, world, **options: figures)
+    monkeypatch.setattr(ablations, "judge", lambda trial, talker, world, **options: figures)
     for words, runs in (
         (["--only", "fusion: mean"], 1),
         (["--only", "fusion: mean"], 1),
@@ -380,33 +371,31 @@ def test_a_variant_is_trained_and_judged_from_the_parts(
     world: Path, talker_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The recipes run as they are, a step or two each, on untrained parts."""
-    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed; it comes with datasets")
-    parquet = pytest.importorskip("pyarrow.parquet")
     monkeypatch.setattr(evaluate, "MOST_STEPS", 12)
     first = ablations.plan(ablations.VARIANTS[0], tmp_path, kind="llama", scale=0.001)[0].command
-    places = {
-        name: Path(first[first.index(f"--{name}") + 1]) for name in ("base", "encoder", "codec", "data")
-    }
     for name in ("base", "encoder", "codec"):
-        shutil.copytree(talker_folder / name, places[name])
+        shutil.copytree(talker_folder / name, Path(first[first.index(f"--{name}") + 1]))
     shutil.copytree(world, tmp_path / "world")
-    rows = [json.loads(line) for line in (world / "rows_heldout_seen.jsonl").read_text().splitlines()]
-    for row in rows:
-        for column in ("audio_in", "audio_out"):
-            row[column] = {"bytes": (world / row[column]).read_bytes(), "path": None}
-    places["data"].mkdir()
-    parquet.write_table(pyarrow.Table.from_pylist(rows), places["data"] / "rows.parquet")
-    words = ["--out", str(tmp_path), "--scale", "0.001", "--questions", "2", "--jobs", "1"]
-    monkeypatch.setattr(
-        sys,
-        "argv",
-        ["ablations.py", *words, "--only", "recipe: as shipped", "decoding: parallel, not batch-parallel"],
+    rows = read_coded(world)
+    text = "".join(
+        json.dumps({key: value for key, value in row.items() if key != "audio_in"} | {"task": "tts"}) + "\n"
+        for row in rows
     )
+    (tmp_path / "world" / "rows_heldout_seen_coded.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows)
+    )
+    for place, word in enumerate(first):
+        if word == "--data":
+            Path(first[place + 1]).write_text(text)
+    shutil.copytree(talker_folder, tmp_path / "talker-llama")
+    words = ["--out", str(tmp_path), "--scale", "0.001", "--questions", "2", "--jobs", "1"]
+    chosen = ["speaking: as shipped", "decoding: parallel"]
+    monkeypatch.setattr(sys, "argv", ["ablations.py", *words, "--only", *chosen])
     ablations.main()
     results = json.loads((tmp_path / "ablations.json").read_text())
-    assert len(results) == 2
-    for entry in results.values():
-        assert set(ablations.FIGURES) <= set(entry["figures"])
-        assert entry["seconds"] > 0
-    assert len(list((tmp_path / "ablations").glob("*/talker/omni_config.json"))) == 4
+    assert set(results) == set(chosen)
+    assert set(ablations.READING.figures) <= set(results[chosen[0]]["figures"])
+    assert set(ablations.DECODING.figures) <= set(results[chosen[1]]["figures"])
+    assert results[chosen[0]]["seconds"] > 0
+    assert len(list((tmp_path / "ablations").glob("*/talker/omni_config.json"))) == 1
     assert not list((tmp_path / "ablations").glob("*/checkpoints"))

@@ -19,6 +19,7 @@ from omni_adapter.data.layout import TASKS, GridRules
 from omni_adapter.data.packing import collate_packed
 from omni_adapter.errors import BackboneError, ConfigError, PromptError
 from omni_adapter.model import OmniModel
+from omni_adapter.training.alignment import transcript_loss
 from omni_adapter.training.loss import Losses, LossSettings, TrainingModel
 from omni_adapter.training.stages import prepare_stage
 from omni_adapter.vocab import IGNORE_INDEX
@@ -385,6 +386,39 @@ def test_distillation_equals_plain_divergence(family):
     torch.testing.assert_close(losses.sums[TEXT], plain, atol=1e-5, rtol=1e-5)
     assert losses.nll[TEXT].item() == pytest.approx(plain_sums(model, batch)[TEXT].item(), rel=1e-5)
     assert_same(gradients(model, losses.total()), gradients(model, plain / ours_at.sum()))
+
+
+def test_what_recordings_say_adds_to_the_loss_of_text():
+    """The rest of the report, and the gradients of what does not hear, stay as they are."""
+    model = build_model()
+    prepare_stage(model, "align")
+    samples = [
+        sample._replace(transcript=(5 + index, 9) if sample.recordings else None)
+        for index, sample in enumerate(make_samples(rules_of(model)))
+    ]
+    batch = collate(samples, rules=rules_of(model), side="right")
+    heard = model.hear(batch.clips)
+    said = transcript_loss(heard, batch.transcripts, model.backbone.embed, device=batch.grid.device)
+    plain, with_words = (TrainingModel(model, LossSettings(ctc_weight=w))(batch) for w in (0.0, 0.5))
+    assert said > 1
+    expected = plain.sums + 0.5 * F.pad(said[None], (ROWS, 0))
+    torch.testing.assert_close(with_words.sums, expected)
+    torch.testing.assert_close(with_words.nll, plain.nll)
+    torch.testing.assert_close(with_words.counts, plain.counts)
+    before, after = (gradients(model, losses.total()) for losses in (plain, with_words))
+    assert before.keys() == after.keys()
+    for name in before:
+        moved = not torch.allclose(before[name], after[name], rtol=1e-4, atol=1e-6)
+        assert moved == name.startswith("audio_adapter"), name
+
+
+def test_an_adapter_that_does_not_learn_is_told_no_words():
+    model = build_model()
+    prepare_stage(model, "adapt", lm_mode="full")
+    batch = make_batch(rules_of(model))
+    batch = replace(batch, transcripts=((5, 6),) * len(batch.places))
+    plain, with_words = (TrainingModel(model, LossSettings(ctc_weight=w))(batch) for w in (0.0, 0.5))
+    torch.testing.assert_close(with_words.sums, plain.sums)
 
 
 def test_base_has_nothing_to_learn_from_itself():
