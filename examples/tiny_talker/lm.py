@@ -42,7 +42,7 @@ from world import DAYS, MONTHS, NUMBERS, long_counts, unspoken_wordings
 KINDS: Mapping[str, Mapping[str, Any]] = {
     "llama": {},
     "qwen2": {},
-    "mistral": {"sliding_window": None},
+    "mistral": {"sliding_window": 64},
 }
 """Architectures, by their ``model_type`` in transformers, with what they need besides ``SIZES``."""
 
