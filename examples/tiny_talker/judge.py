@@ -7,8 +7,9 @@ grammar, and nothing tells which answer is expected.
     python examples/tiny_talker/judge.py reply.wav      # write down a recording with the world's words
     python examples/tiny_talker/judge.py --tune         # errors on the answer voice under other settings
 
-``DECODING`` was chosen once, by ``--tune``, on answers of training in the answer voice (flite slt), and is
-the same for whatever is judged.
+``DECODING`` was chosen once, on answers of training that the answer voice (flite slt) spoke as whole
+sentences, and is the same for whatever is judged; ``--tune`` compares settings on that voice as it reads now,
+word by word.
 """
 
 import argparse

@@ -244,13 +244,10 @@ def load_tokenizer(name: str, options: HubOptions) -> Any:
 
 
 def _read_tokenizer(name: str, options: HubOptions) -> Any:
-    found = AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options.arguments())
-    if type(found) is PreTrainedTokenizerFast:
-        return found
     named = get_tokenizer_config(name, **options.arguments()).get("tokenizer_class")
-    if named not in (PreTrainedTokenizerFast.__name__, "PreTrainedTokenizerFast"):
-        return found
-    return PreTrainedTokenizerFast.from_pretrained(name, **options.arguments())
+    if named in (PreTrainedTokenizerFast.__name__, "PreTrainedTokenizerFast"):
+        return PreTrainedTokenizerFast.from_pretrained(name, **options.arguments())
+    return AutoTokenizer.from_pretrained(name, trust_remote_code=False, **options.arguments())
 
 
 def _check_base_config(name: str, options: HubOptions) -> None:

@@ -54,8 +54,8 @@ EXIT_STOPPED = 75
 CHECKPOINT_FOLDER = "checkpoints"
 
 SHORT_POSITIONS = 128
-"""Up to so many positions attention trains quicker on a CPU as plain products: the backward pass of the fused
-kind takes several times as long there (``omni-adapter bench --train --length 64``)."""
+"""Up to so many positions attention trains quicker on a CPU as plain products than by the fused kind, whose
+backward pass is slow there, in bfloat16 above all."""
 
 
 class Feed(Protocol):

@@ -163,7 +163,7 @@ class TrainingModel(nn.Module):
         """
         targets = self._targets(batch)
         attention_mask, position_ids = _attention(batch)
-        embeddings, said = self._embed(batch)
+        embeddings, heard = self._embed(batch)
         output = self.model.backbone(
             embeddings,
             attention_mask=attention_mask,
@@ -177,11 +177,12 @@ class TrainingModel(nn.Module):
             criterion = _Answers(labels, targets.weights[-1], teach, self.settings.temperature)
         states = output.logits if self._needs_logits else output.hidden
         text, text_report = self._text_loss(states, places, criterion)
+        text = text + self._transcript_loss(heard, batch)
         codes, code_report = self._code_loss(output.tapped, targets, attention_mask, position_ids)
         report = torch.cat((code_report, text_report)).detach()
         weights = torch.tensor(self._weights, device=report.device)
         return Losses(
-            torch.cat((codes, text if said is None else text + self.settings.ctc_weight * said)),
+            torch.cat((codes, text)),
             targets.counts,
             report[:, 0],
             report[:, 1],
@@ -203,20 +204,20 @@ class TrainingModel(nn.Module):
             labels = _with_pads(batch, code_pad=self.model.config.vocabulary.pad, text_pad=text_pad)
         return _Targets.of(batch, labels, pad_weight=self.settings.pad_weight)
 
-    def _embed(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """What the LM is fed, [B, S, D], and the loss of what recordings say in it, if that is learned."""
-        learns_words = self.settings.ctc_weight > 0 and _learns(self.model.audio_adapter)
+    def _embed(self, batch: Batch) -> tuple[Tensor, list[Tensor]]:
+        """What the LM is fed, [B, S, D], and the embeddings of each recording in it, [A, D]."""
         if batch.clips is not None or not _learns(self.model.audio_adapter):
             heard = self.model.hear(batch.clips) if batch.clips is not None else []
-            embeddings = self.model.embed(batch.grid, places=batch.places, heard=heard)
-        else:
-            (silence,) = self.model.hear(self._silence(batch.grid.device))
-            heard, embeddings = [], self.model.embed(batch.grid) + 0 * silence.sum()
-        said = None
-        if learns_words:
-            embed, device = self.model.backbone.embed, batch.grid.device
-            said = transcript_loss(heard, batch.transcripts, embed, device=device)
-        return embeddings, said
+            return self.model.embed(batch.grid, places=batch.places, heard=heard), heard
+        (silence,) = self.model.hear(self._silence(batch.grid.device))
+        return self.model.embed(batch.grid) + 0 * silence.sum(), []
+
+    def _transcript_loss(self, heard: list[Tensor], batch: Batch) -> Tensor | float:
+        """What recordings say, weighed, where the audio adapter learns it."""
+        weight, embed = self.settings.ctc_weight, self.model.backbone.embed
+        if not weight or not _learns(self.model.audio_adapter):
+            return 0.0
+        return weight * transcript_loss(heard, batch.transcripts, embed, device=batch.grid.device)
 
     def _silence(self, device: torch.device) -> Clips:
         """A recording that nobody hears."""
