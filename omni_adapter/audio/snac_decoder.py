@@ -23,6 +23,7 @@ import torch
 from snac.layers import DecoderBlock, NoiseBlock, ResidualUnit, Snake1d
 from torch import Tensor, nn
 
+from omni_adapter.audio.snake import SnakeCalls, snake_calls
 from omni_adapter.errors import CodeGridError, ConfigError
 
 CodecPrecision = Literal["fp32", "bf16"]
@@ -160,6 +161,10 @@ class SnacDecoder:
                 case _:
                     raise _unknown(layer)
 
+    def __deepcopy__(self, memo: Any) -> "SnacDecoder":
+        """Itself: it is never changed. A copied codec lays out its own weights before its next stream."""
+        return self
+
     def __call__(self, latents: Tensor, state: DecoderState, *, last: bool = False) -> Tensor:
         """Decode the latents [n, B, C] of one frame, or none with ``last``, to samples [m, B]."""
         assert self._exit is not None
@@ -185,7 +190,8 @@ class _Stage:
         snake, conv, *rest = layers
         if not isinstance(snake, Snake1d) or not isinstance(conv, nn.ConvTranspose1d):
             raise _unknown(conv if isinstance(snake, Snake1d) else snake)
-        self._snake = _Snake(snake, owed=owed)
+        self._snake = _Snake(snake, owed=owed, whole=True)
+        self._rounded = precision == "bf16"
         self._upsample = _Upsample(conv, name=f"{name}.1", precision=precision)
         self.rate = rate * self._upsample.stride
         self.owed: Tensor = conv.weight.new_zeros(conv.out_channels)
@@ -208,8 +214,7 @@ class _Stage:
         self._room = sum(unit.padding for unit in self._residuals)
 
     def __call__(self, x: Tensor, step: _Step) -> Tensor:
-        inputs = self._snake(x).mul_(self._snake.inverse)
-        buffer, start = self._upsample(inputs, step, room=self._room)
+        buffer, start = self._upsample(self._snake(x, rounded=self._rounded), step, room=self._room)
         stop = buffer.shape[0]
         if self._noise is not None:
             self._noise(buffer[start:], step)
@@ -219,27 +224,40 @@ class _Stage:
 
 
 class _Snake:
-    """``a (x + sin(a x)^2 / a)`` of rows x that are owed a bias."""
+    """``a (x + sin(a x)^2 / a)`` of rows x that are owed a bias; ``whole`` without the ``a`` before it."""
 
-    def __init__(self, snake: Snake1d, *, owed: Tensor | None) -> None:
+    def __init__(self, snake: Snake1d, *, owed: Tensor | None, whole: bool = False) -> None:
         alpha = snake.alpha.detach()[0, :, 0]
         # An alpha of nothing makes the identity, which a tiny one does as well, and that has an inverse.
         tiny = torch.full_like(alpha, torch.finfo(alpha.dtype).eps).copysign(alpha)
         self.scale = torch.where(alpha.abs() < tiny.abs(), tiny, alpha)
         self.inverse = self.scale.reciprocal()
         self.shift = None if owed is None else self.scale * owed
+        self._after = self.inverse if whole else None
+        self._calls = _calls_for(alpha)
 
-    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """``a snake(x)``, written to ``out`` if given."""
+    def __call__(self, x: Tensor, out: Tensor | None = None, *, rounded: bool = False) -> Tensor:
+        """Compute it, written to ``out`` if given; rows are contiguous. ``rounded`` may give bfloat16."""
+        if self._calls is not None:
+            return self._calls.snake(x, self.scale, self.shift, after=self._after, out=out, rounded=rounded)
         if self.shift is None:
             out = torch.mul(x, self.scale, out=out)
         else:
             out = torch.addcmul(self.shift, x, self.scale, out=out)
-        return _wave_(out)
+        out = _wave_(out, None)
+        return out if self._after is None else out.mul_(self._after)
 
 
-def _wave_(x: Tensor) -> Tensor:
+def _calls_for(weight: Tensor) -> SnakeCalls | None:
+    """The compiled calls, if they take rows like this weight."""
+    fits = weight.device.type == "cpu" and weight.dtype == torch.float32
+    return snake_calls() if fits else None
+
+
+def _wave_(x: Tensor, calls: SnakeCalls | None) -> Tensor:
     """``x + sin(x)^2``, in place."""
+    if calls is not None:
+        return calls.snake(x, out=x)
     wave = x.sin()
     return x.addcmul_(wave, wave)
 
@@ -250,8 +268,8 @@ class _Product(Protocol):
     def __call__(self, rows: Tensor) -> Tensor:
         """``rows`` [n, I] times the weight, [n, O]."""
 
-    def add_to(self, total: Tensor, rows: Tensor) -> None:
-        """Add it to ``total`` [n, O], in place."""
+    def add_to(self, total: Tensor, rows: Tensor, factor: Tensor | None = None) -> None:
+        """Add it to ``total`` [n, O], in place; each row times its ``factor`` [n], if given."""
 
 
 class _Matrix:
@@ -268,14 +286,19 @@ class _Matrix:
     def __call__(self, rows: Tensor) -> Tensor:
         return rows @ self._weight if self._bias is None else torch.addmm(self._bias, rows, self._weight)
 
-    def add_to(self, total: Tensor, rows: Tensor) -> None:
-        total.addmm_(rows, self._weight)
+    def add_to(self, total: Tensor, rows: Tensor, factor: Tensor | None = None) -> None:
+        if factor is None and self._bias is None:
+            total.addmm_(rows, self._weight)
+        else:
+            product = self(rows)
+            total += product if factor is None else product.mul_(factor[:, None])
 
 
 class _RoundedMatrix:
     """A product of operands rounded to bfloat16, by the packed kernels of oneDNN where there are any."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        self._calls = _calls_for(weight)
         weight = weight.t().to(torch.bfloat16).contiguous()  # [O, I]
         self._bias = None if bias is None else bias.to(torch.bfloat16)
         self._width = len(weight)
@@ -283,7 +306,8 @@ class _RoundedMatrix:
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight, None) if self._packed else weight
 
     def __call__(self, rows: Tensor) -> Tensor:
-        rows = rows.to(torch.bfloat16)
+        if rows.dtype != torch.bfloat16:
+            rows = rows.to(torch.bfloat16) if self._calls is None else self._calls.round(rows)
         if self._packed and rows.shape[0]:
             product = torch.ops.mkldnn._linear_pointwise(rows, self._weight, self._bias, "none", [], "")
         elif self._packed:
@@ -293,8 +317,12 @@ class _RoundedMatrix:
         assert isinstance(product, Tensor)
         return product
 
-    def add_to(self, total: Tensor, rows: Tensor) -> None:
-        total += self(rows)
+    def add_to(self, total: Tensor, rows: Tensor, factor: Tensor | None = None) -> None:
+        product = self(rows)
+        if self._calls is not None:
+            self._calls.add_rounded(total, product, factor)
+        else:
+            total += product if factor is None else product * factor[:, None]
 
 
 def _product(weight: Tensor, bias: Tensor | None = None, *, precision: CodecPrecision) -> _Product:
@@ -324,6 +352,10 @@ class _Convolution:
         if self.reach == 0 and self.groups == 1:
             self._matrix = _Matrix(weight[:, :, 0].t(), self.bias)
         self._weight = weight.unsqueeze(2).contiguous(memory_format=torch.channels_last)
+        self._places: Tensor | None = None  # of a channel by itself, [places, C]
+        self._calls = _calls_for(weight)
+        if self.groups == conv.in_channels == conv.out_channels:
+            self._places = weight[:, 0].t().contiguous()
 
     def __call__(self, x: Tensor, step: _Step) -> Tensor:
         """Convolve the next rows [n, B, C]."""
@@ -346,21 +378,35 @@ class _Convolution:
         rows[kept + count :] = 0
         return rows
 
-    def convolve(self, rows: Tensor, step: _Step) -> Tensor:
-        """Rows [m, B, C], as :meth:`room` lays them out, to the outputs that they are enough for."""
+    def convolve(self, rows: Tensor, step: _Step, *, wave: bool = False, rounded: bool = False) -> Tensor:
+        """Rows [m, B, C], as :meth:`room` lays them out, to the outputs that they are enough for.
+
+        With ``wave`` outputs x become ``x + sin(x)^2``, and ``rounded`` may make them bfloat16.
+        """
         batch, width = rows.shape[1:]
         count = max(0, rows.shape[0] - self.reach)
         if self.reach:
             step.keep(self.name, rows[count:])
         if count == 0:
             return rows.new_empty(0, batch, self.out_channels)
+        if wave and self._calls is not None and self._places is not None:
+            flat, dilation = rows.view(-1, width), self.dilation * batch
+            out = self._calls.depthwise_snake(
+                flat, self._places, self.bias, dilation=dilation, rounded=rounded
+            )
+            return out.view(count, batch, width)
+        out = self._multiply(rows, count)
+        return _wave_(out, self._calls) if wave else out
+
+    def _multiply(self, rows: Tensor, count: int) -> Tensor:
+        batch, width = rows.shape[1:]
         if self._matrix is not None:
             return self._matrix(rows.reshape(-1, width)).view(count, batch, self.out_channels)
         image = rows.view(1, 1, -1, width).permute(0, 3, 1, 2)  # [1, C, 1, m B], channels last
         out = nn.functional.conv2d(
             image, self._weight, self.bias, dilation=(1, self.dilation * batch), groups=self.groups
         )
-        return out.permute(0, 2, 3, 1).reshape(count, batch, self.out_channels)
+        return out.permute(0, 2, 3, 1).reshape(count, batch, self.out_channels).contiguous()
 
 
 class _Upsample:
@@ -376,6 +422,7 @@ class _Upsample:
             int(conv.padding[0]),
             conv.out_channels,
         )
+        self._dtype = conv.weight.dtype  # of the outputs; inputs may be rounded
         # [I, 2 * stride * O]: a view where the weight is laid out by `lay_out`
         weight = conv.weight.detach().permute(0, 2, 1).reshape(conv.in_channels, -1)
         self._product = _product(weight, precision=precision)
@@ -386,7 +433,7 @@ class _Upsample:
         stride, crop = self.stride, self.crop
         held = step.take(self.name)  # what the last input adds to the outputs to come, [stride, B, C]
         total = count * stride + (crop if step.last else 0)
-        buffer = x.new_empty(room + total, batch, self.out_channels)
+        buffer = x.new_empty(room + total, batch, self.out_channels, dtype=self._dtype)
         if count == 0 and held is None:
             return buffer, room
         ahead = held
@@ -396,7 +443,7 @@ class _Upsample:
             out = buffer[room : room + count * stride].view(count, stride, batch, -1)
             torch.add(near[1:], far[:-1], out=out[1:])
             out[0] = near[0] if held is None else near[0] + held
-            ahead = far[-1].to(x.dtype)
+            ahead = far[-1].to(self._dtype)
             step.keep(self.name, ahead)
         if step.last:
             assert ahead is not None
@@ -429,9 +476,9 @@ class _Noise:
             ],
             dim=1,
         )  # [rate * frames, B]
-        noise = noise[start - frames.start * rate : stop - frames.start * rate, :, None].to(x)
-        spread = self._product(x.reshape(-1, x.shape[-1])).view(x.shape)
-        x.addcmul_(noise, spread.to(x.dtype))
+        noise = noise[start - frames.start * rate : stop - frames.start * rate].to(x)
+        rows = x.view(-1, x.shape[-1])
+        self._product.add_to(rows, rows, noise.reshape(-1))
 
 
 @lru_cache(maxsize=256)
@@ -459,7 +506,7 @@ class _Residual:
             (mix.weight.detach()[:, :, 0] * inner.inverse).t().contiguous(), precision=precision
         )
         self.owed = owed if mix.bias is None else owed + mix.bias.detach()
-        self._name, self.padding = name, self._conv.padding
+        self._name, self.padding, self._rounded = name, self._conv.padding, precision == "bf16"
 
     def __call__(self, buffer: Tensor, start: int, stop: int, step: _Step) -> tuple[int, int]:
         """Work on the rows ``start`` to ``stop`` of a buffer [rows, B, C] in place.
@@ -471,7 +518,7 @@ class _Residual:
         rows = self._conv.room(x.shape[0], x, step)
         kept = rows.shape[0] - x.shape[0] - (self.padding if step.last else 0)
         self._first(x, out=rows[kept : kept + x.shape[0]])
-        added = _wave_(self._conv.convolve(rows, step))
+        added = self._conv.convolve(rows, step, wave=True, rounded=self._rounded)
         waiting = step.take(self._name)
         if waiting is not None:
             start -= waiting.shape[0]

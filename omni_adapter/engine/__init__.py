@@ -4,7 +4,6 @@ A model in, the same one out, with a report of what was done and how far its res
 of torch do the work, and where the machine has a C compiler, calls compiled for it; no model family is known.
 Knows nothing of decoding.
 
-    compiling.py  C sources, compiled by the compiler that is there
     arena.py      memory in large pages for weights
     products.py   weights in tiles, multiplied in one compiled call
     kernels.py    one matrix times some rows, in each way that this machine has

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from omni_adapter.engine.compiling import Signature, compiled, declared
+from omni_adapter.compiling import Signature, compiled, declared
 
 logger = logging.getLogger(__name__)
 

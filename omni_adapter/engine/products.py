@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from omni_adapter.compiling import Signature, compiled, declared, why_not
 from omni_adapter.engine.arena import Place
-from omni_adapter.engine.compiling import Signature, compiled, declared, why_not
 
 SOURCE = Path(__file__).with_name("products.c")
 TILE_OUTPUTS = 16

@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from omni_adapter.engine import compiling, kernels, products
+from omni_adapter import compiling
+from omni_adapter.engine import kernels, products
 from omni_adapter.engine.kernels import KERNELS, Kernel, RowwiseInt8, allowed, quantise_rows, why_not
 from omni_adapter.engine.precision import processor_capabilities
 from omni_adapter.engine.selection import Selection, Shape

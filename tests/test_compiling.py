@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from omni_adapter.engine import compiling
-from omni_adapter.engine.compiling import cache_folder, compiled, find_compiler, why_not
+from omni_adapter import compiling
+from omni_adapter.compiling import cache_folder, compiled, find_compiler, why_not
 from omni_adapter.engine.glue import glue
 
 needs_compiler = pytest.mark.skipif(find_compiler() is None, reason="no C compiler here")
@@ -116,7 +116,7 @@ def test_a_user_without_a_home_is_no_obstacle(tmp_path, monkeypatch):
 @needs_compiler
 def test_two_processes_at_once(tmp_path):
     source = source_of(tmp_path, SOURCE)
-    code = "import sys; from pathlib import Path; from omni_adapter.engine.compiling import compiled; "
+    code = "import sys; from pathlib import Path; from omni_adapter.compiling import compiled; "
     code += "print(compiled(Path(sys.argv[1])).omni_answer())"
     running = [
         subprocess.Popen([sys.executable, "-c", code, str(source)], stdout=subprocess.PIPE, text=True)
