@@ -36,7 +36,14 @@ from omni_adapter.bench.workshop import Workshop
 
 CPU = torch.device("cpu")
 QUICK = settings_for(
-    "tiny", seconds=0.3, rounds=1, steps=1, reply_steps=16, length_steps=16, bandwidth_rounds=1
+    "tiny",
+    seconds=0.3,
+    rounds=1,
+    steps=1,
+    reply_steps=16,
+    conversation_steps=16,
+    length_steps=16,
+    bandwidth_rounds=1,
 )
 IN_PROCESS = tuple(name for name in SECTIONS if name not in ("startup", "memory"))
 ROOT = Path(__file__).parent.parent

@@ -162,6 +162,7 @@ def _speaking_at_once(workshop: Workshop) -> list[Row]:
             {
                 "mode": mode.name,
                 "conversations": number,
+                "steps": settings.conversation_steps,
                 "real_time_factor": medians[number] * number,
                 "throughput_ratio": medians[1] / medians[number],
             }
@@ -172,7 +173,7 @@ def _speaking_at_once(workshop: Workshop) -> list[Row]:
 
 def _factor(talker: OmniAdapter, workshop: Workshop, number: int) -> float:
     """Seconds of work per second of sound: streamed alone, or many through a server."""
-    options = {"steps": workshop.settings.reply_steps, "stride": workshop.settings.stride}
+    options = {"steps": workshop.settings.conversation_steps, "stride": workshop.settings.stride}
     conversations = [workshop.messages()] * number
     if number == 1:
         return speak(talker, conversations, **options).real_time_factor

@@ -167,8 +167,9 @@ def _long_lines(sections: Row) -> Iterator[tuple[str, dict[str, str]]]:
     section = sections.get("length", {})
     yield f"step {section.get('steps')} / step 10", _cells(section.get("rows", []), _plain("ratio"))
     many = sections.get("many", {})
-    for key, words in (("rows", "without codec"), ("speaking", "speaking")):
+    for key, words in (("rows", "without codec"), ("speaking", "speaking from question to end")):
         rows = many.get(key, [])
+        words += next((f", {row['steps']} steps" for row in rows if "steps" in row), "")
         for number in sorted({row["conversations"] for row in rows} - {1}):
             chosen = [row for row in rows if row["conversations"] == number]
             yield f"{number} at once / in turn, {words}", _cells(chosen, _times("throughput_ratio"))

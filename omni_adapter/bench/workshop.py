@@ -74,6 +74,7 @@ class CompareSettings:
         steps: decoding steps that are timed in each turn.
         stride: frames per chunk of sound.
         reply_steps: steps of a reply that is spoken in full.
+        conversation_steps: steps of each reply where many are spoken at once.
         length_steps: steps of the long reply.
         conversations: how many at once.
         error_steps: steps over which logits are compared.
@@ -89,6 +90,7 @@ class CompareSettings:
     steps: int = 8
     stride: int = 4
     reply_steps: int = 36
+    conversation_steps: int = 108
     length_steps: int = 512
     conversations: tuple[int, ...] = (1, 2, 4, 8)
     error_steps: int = 64
@@ -105,7 +107,15 @@ class CompareSettings:
             unknown = sorted(set(given) - set(known))
             if unknown:
                 raise ConfigError(f"no {kind} is called {', '.join(unknown)}; known are {', '.join(known)}")
-        for name in ("rounds", "steps", "stride", "seconds", "reply_steps", "length_steps"):
+        for name in (
+            "rounds",
+            "steps",
+            "stride",
+            "seconds",
+            "reply_steps",
+            "conversation_steps",
+            "length_steps",
+        ):
             if getattr(self, name) <= 0:
                 raise ConfigError(f"{name} must be positive, got {getattr(self, name)}")
         if not self.conversations or min(self.conversations) < 1:
@@ -117,6 +127,7 @@ SMALL = CompareSettings(
     rounds=2,
     steps=2,
     reply_steps=24,
+    conversation_steps=24,
     length_steps=40,
     conversations=(1, 2),
     error_steps=8,
