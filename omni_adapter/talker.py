@@ -434,7 +434,8 @@ class OmniAdapter:
             max_steps: columns of prompt and reply together, for which memory is made once per conversation;
                 longer ones are refused.
             lead_s: seconds of sound that listeners keep in hand while the prompts and first steps of
-                newcomers come first; None lets all go on in step, which takes least time in all.
+                newcomers come first; None lets all go on in step, and prompts that wait be read in one batch,
+                which takes least time in all.
             patience_s: seconds after which a prompt that waits is read although a listener may notice.
             exact_sound: make each sound bit for bit as :meth:`stream` does; otherwise the codec decodes the
                 frames of all conversations in one call, which takes less time: within rounding, and in chunks

@@ -18,7 +18,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from queue import Empty, SimpleQueue
 from typing import Any, Self
 
@@ -57,6 +57,17 @@ class Request:
         """What conversations of one batch must share."""
         settings = self.decoder.settings
         return settings.text_sampling, settings.code_sampling
+
+    def can_be_read_with(self, other: "Request") -> bool:
+        """Whether both prompts can be read in one batch, of which not much is padding."""
+        mine, theirs = self.decoder, other.decoder
+        shorter, longer = sorted(one.sample.layout.grid.shape[1] for one in (self, other))
+        return (
+            mine.joins
+            and mine.task == theirs.task
+            and replace(mine.settings, seed=theirs.settings.seed) == theirs.settings
+            and longer <= 2 * shorter
+        )
 
 
 class Handle:
@@ -367,26 +378,51 @@ class Batcher:
         )
 
     def _admit(self) -> None:
-        """Read the prompt that waits longest."""
-        with self._changed:
-            if not self._waiting:  # cancelled meanwhile
+        """Read the prompt that waits longest; where all go in step, those that go with it as well."""
+        handles = self._call_in()
+        if len(handles) > 1:
+            with suppress(Exception):  # whichever is at fault fails by itself
+                self._read(handles)
                 return
-            handle = self._waiting.popleft()
-            self._running[handle.name] = handle
-        request = handle.request
-        assert request is not None
-        decoder, settings = request.decoder, request.decoder.settings
-        try:
-            batch = collate([request.sample], rules=decoder.rules).to(decoder.model.device)
-            given = None if request.given is None else [request.given]
-            state = decoder.prefill(batch, given=given, seeds=[settings.seed])
+        for handle in handles:
+            try:
+                self._read([handle])
+            except Exception as error:  # whatever it is, it is this conversation's, and others go on
+                logger.warning("a conversation could not be answered: %s", error)
+                self._forget([handle.name], error)
+
+    def _call_in(self) -> list[Handle]:
+        """Give places to those whose prompts are read next: none if they were cancelled meanwhile."""
+        with self._changed:
+            chosen = list(self._waiting)[: self.max_conversations - len(self._running)]
+            if self.schedule.lead_s is not None:
+                del chosen[1:]
+            first = chosen[0].request if chosen else None
+            chosen = [
+                handle
+                for handle in chosen
+                if handle is chosen[0]
+                or (first and handle.request and first.can_be_read_with(handle.request))
+            ]
+            for handle in chosen:
+                self._waiting.remove(handle)
+                self._running[handle.name] = handle
+            return chosen
+
+    def _read(self, handles: Sequence[Handle]) -> None:
+        """Read prompts, in one batch."""
+        requests = [handle.request for handle in handles if handle.request is not None]
+        first, decoder = requests[0], requests[0].decoder
+        batch = collate([request.sample for request in requests], rules=decoder.rules)
+        state = decoder.prefill(
+            batch.to(decoder.model.device),
+            given=None if first.given is None else [request.given or () for request in requests],
+            seeds=[request.decoder.settings.seed for request in requests],
+        )
+        for handle, request in zip(handles, requests, strict=True):
             handle.listener = request.rendering.listener()
-        except Exception as error:  # whatever it is, it is this conversation's, and others go on
-            logger.warning("a conversation could not be answered: %s", error)
-            self._forget([handle.name], error)
-            return
-        state.names = [handle.name]
-        lane = self._lane(request)
+        state.names = [handle.name for handle in handles]
+        lane = self._lane(first)
         lane.starting.append(_Group(decoder, state))
         if not decoder.task.speaks or self.schedule.lead_s is None:
             self._bring_together(lane, lane.starting[-1])

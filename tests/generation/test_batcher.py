@@ -12,6 +12,7 @@ import torch
 from omni_adapter import ConfigError, SamplingSettings
 from omni_adapter.audio.codec import CodecStream
 from omni_adapter.errors import BusyError, ContextOverflowError, PromptError
+from omni_adapter.generation.generator import Decoder
 
 SHORT = {"max_new_tokens": 16}
 ROOM = 160
@@ -70,6 +71,27 @@ def test_each_says_what_it_says_alone(talker, lead_s, settings):
     for handle, (_, asked) in zip(handles, sorted(script, key=lambda entry: entry[0]), strict=True):
         assert_same(handle.reply(), answer(talker, asked, **settings))
     assert 2 <= server.most_together <= 3
+
+
+@pytest.mark.parametrize(
+    ("lead_s", "reads"), [(None, [3, 1]), (0.5, [1, 1, 1, 1])], ids=["in step", "in turn"]
+)
+def test_prompts_that_wait_are_read_together_where_all_go_in_step(talker, monkeypatch, lead_s, reads):
+    sizes, prefill = [], Decoder.prefill
+
+    def count(decoder, batch, **options):
+        sizes.append(len(batch.grid))
+        return prefill(decoder, batch, **options)
+
+    asked = [{"text": text} for text in ("Good morning!", "How are you?", "word " * 30, "Tell me a story")]
+    with monkeypatch.context() as patch:
+        patch.setattr(Decoder, "prefill", count)
+        server = talker.serve(max_steps=ROOM, lead_s=lead_s)
+        handles = [server.submit(**one, **SHORT, **SAMPLED, seed=seed) for seed, one in enumerate(asked)]
+        replies = [handle.reply() for handle in handles]
+    assert sizes == reads
+    for seed, (reply, one) in enumerate(zip(replies, asked, strict=True)):
+        assert_same(reply, answer(talker, one, **SAMPLED, seed=seed))
 
 
 def test_spoken_questions_join_written_ones(talker, question):
@@ -209,9 +231,15 @@ def test_sound_comes_while_the_reply_goes_on(talker):
 def test_the_error_of_one_is_not_that_of_others(talker, monkeypatch):
     server = talker.serve(max_steps=ROOM, lead_s=None)
     good, bad = server.submit(text="Yes", **SHORT), server.submit(text="How are you?", **SHORT)
-    decoder = bad.request.decoder
-    monkeypatch.setattr(decoder, "prefill", lambda *args, **options: 1 / 0)
-    assert_same(good.reply(), talker.chat(text="Yes", **SHORT))
+    columns, prefill = bad.request.sample.layout.grid.shape[1], Decoder.prefill
+    assert columns > good.request.sample.layout.grid.shape[1]
+
+    def fail_on_bad(decoder, batch, **options):
+        return 1 / 0 if batch.grid.shape[-1] == columns else prefill(decoder, batch, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Decoder, "prefill", fail_on_bad)
+        assert_same(good.reply(), talker.chat(text="Yes", **SHORT))
     for _ in range(2):
         with pytest.raises(ZeroDivisionError):
             list(bad)
