@@ -11,7 +11,7 @@ the positions of each window among them, so that two ranks see together what one
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
@@ -175,10 +175,6 @@ class Batching:
     def window_size(self) -> int:
         """Samples of one rank that are made into batches together."""
         return self.batch_size if self.mode == "pad" else self.window or 32 * self.batch_size
-
-    def without_packing(self) -> "Batching":
-        """Return the nearest setting for a base that cannot keep packed samples apart: similar lengths."""
-        return replace(self, mode="bucket") if self.mode == "pack" else self
 
 
 @dataclass

@@ -110,11 +110,6 @@ class Losses(NamedTuple):
         """Mean negative log-likelihood of each row, [K + 1]; nan for a row without labels."""
         return self.nll / self.counts
 
-    @property
-    def accuracies(self) -> Tensor:
-        """Share of labels whose logit was the largest, [K + 1]; nan for a row without labels."""
-        return self.correct / self.counts
-
 
 class TrainingModel(nn.Module):
     """A talker whose forward is its loss, so that whatever wraps it for training sees one call.

@@ -417,9 +417,3 @@ def test_lengths_are_counted(chats, talker):
     assert histogram.edges[0] == min(lengths) < max(lengths) < histogram.edges[-1]
     assert len(str(histogram).splitlines()) == len(histogram.counts)
     assert LengthHistogram.of([3, 3, 9], bars=3) == ((3, 6, 9, 12), (2, 0, 1))
-
-
-def test_packing_falls_back_to_similar_lengths():
-    packed = Batching(mode="pack", batch_size=3, max_steps=64)
-    assert packed.without_packing() == Batching(mode="bucket", batch_size=3, max_steps=64)
-    assert Batching().without_packing() == Batching()

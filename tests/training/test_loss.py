@@ -115,7 +115,6 @@ def test_accuracy_counts_labels_with_the_largest_logit():
     expected = (best == batch.labels[:, :, 1:]).sum(dim=(0, 2))
     losses = TrainingModel(model)(batch)
     assert losses.correct.tolist() == expected.tolist()
-    torch.testing.assert_close(losses.accuracies, expected / losses.counts)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
