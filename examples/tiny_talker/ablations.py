@@ -101,7 +101,7 @@ VARIANTS: tuple[Variant, ...] = (
     Variant(READING, WEIGHTS, "coarse codes more", ("loss.row_weights=[2.0,1.5,0.5,0.5,1.5,0.5,0.5]",)),
     Variant(ANSWERING, "answering", SHIPPED),
     Variant(ANSWERING, WEIGHTS, "text as much as each row of codes", ("loss.text_weight=1.0",)),
-    Variant(ANSWERING, LM, "LoRA", ("model.lm=lora", "model.lora.rank=16")),
+    Variant(ANSWERING, LM, "LoRA", ("model.lm=lora", "model.lora.rank=16", "optim.group_rates={}")),
     Variant(DECODING, "decoding", "batch-parallel, as shipped"),
     Variant(DECODING, "decoding", "parallel", decoding={"batch_parallel": False}),
 )  # fmt: skip

@@ -612,6 +612,36 @@ def long_counts() -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
+def number_orders() -> list[dict[str, Any]]:
+    """What the calendar's questions ask of days and months, asked of numbers whose pair is not held out."""
+    asked = [
+        (early, late)
+        for early, late in combinations(NUMBERS, 2)
+        if _key("comparison", early, late) not in held_out()
+    ]
+    choices = [
+        exchange
+        for early, late in asked
+        for exchange in (
+            *_choices(["which number comes first {a} or {b}"], early, late, f"{early} comes first"),
+            *_choices(["which number comes last {a} or {b}"], late, early, f"{late} comes last"),
+        )
+    ]
+    neighbours = [
+        exchange
+        for early, late in asked
+        if NUMBERS.index(late) == NUMBERS.index(early) + 1
+        for exchange in (
+            Exchange(f"which number comes after {early}", f"{late} comes after {early}"),
+            Exchange(f"which number comes before {late}", f"{early} comes before {late}"),
+        )
+    ]
+    return [
+        {"kind": "number order", "turns": [], "question": exchange.question, "answer": exchange.answer}
+        for exchange in (*choices, *neighbours)
+    ]
+
+
 def main() -> None:
     """Print what the world holds."""
     train, heldout = records("train"), records("heldout")

@@ -107,6 +107,24 @@ def test_swapping_the_order_finds_no_held_out_pair_in_training(kind):
     assert not trained & held_out
 
 
+def test_orders_of_numbers_are_right_and_hold_no_held_out_pair():
+    orders = world.number_orders()
+    place = {name: index for index, name in enumerate(world.NUMBERS)}
+    for order in orders:
+        _, _, _, relation, *named = order["question"].split()
+        answer = order["answer"].split()[0]
+        if relation in ("after", "before"):
+            assert place[answer] - place[named[0]] == (1 if relation == "after" else -1)
+            pair = (named[0], answer)
+        else:
+            pair = (named[0], named[2])
+            assert answer == (min if relation == "first" else max)(pair, key=place.__getitem__)
+        assert world._key("comparison", *pair) not in world.held_out()
+    asked = {order["question"] for order in orders}
+    assert {"which number comes first six or two", "which number comes after three"} <= asked
+    assert len(asked) == len(orders) > 700
+
+
 def test_no_sum_of_two_turns_in_training_needs_a_held_out_sum():
     for record in TRAIN:
         if record.kind == "two turns sum":
