@@ -15,10 +15,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -38,6 +38,8 @@ _SECONDS = 120  # a compiler that takes longer is taken for broken
 Signature = tuple[Any, tuple[Any, ...]]
 """What a compiled call returns, None for nothing, and what it takes."""
 
+_Calls = TypeVar("_Calls")
+
 _failures: dict[Path, str] = {}
 """Why a source was not compiled."""
 
@@ -51,6 +53,29 @@ def compiled(source: Path) -> ctypes.CDLL | None:
         _failures[source] = str(error)
         logger.info("%s is not used, steps go on without: %s", source.name, error)
         return None
+
+
+def checked(
+    source: Path, make: Callable[[ctypes.CDLL], _Calls], is_right: Callable[[_Calls], bool]
+) -> _Calls | None:
+    """Return the calls of a C source.
+
+    Args:
+        source: what to compile.
+        make: wraps its library.
+        is_right: whether the calls give the right numbers on this machine.
+
+    Returns:
+        None where the source cannot be compiled, or gives wrong numbers, which is logged.
+    """
+    library = compiled(source)
+    if library is None:
+        return None
+    calls = make(library)
+    if not is_right(calls):
+        logger.info("%s gives wrong numbers here and is not used, steps go on without", source.name)
+        return None
+    return calls
 
 
 def declared(library: ctypes.CDLL, signatures: Mapping[str, Signature]) -> ctypes.CDLL:

@@ -167,7 +167,7 @@ def reading_rows(out: Path) -> Iterator[tuple[dict[str, object], Clip]]:
 
 
 def written_rows() -> Iterator[dict[str, object]]:
-    """Yield what the language model learned from: its text ability is kept by what made it, and more of it."""
+    """Yield what the language model learned from: what made its text ability keeps it, with more of it."""
     lessons = (*world.unspoken_wordings(), *world.long_counts(), *world.number_orders())
     for number, record in enumerate(lessons):
         yield {

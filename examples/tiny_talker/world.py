@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from itertools import combinations, permutations
+from itertools import combinations, pairwise, permutations
 from typing import Any, Literal, NamedTuple, TypeVar
 
 SEED = 4
@@ -308,15 +308,23 @@ def _calendar() -> Iterator[Pair]:
     for unit, names in (("day", DAYS), ("month", MONTHS)):
         for i, name in enumerate(names):
             following = names[(i + 1) % len(names)]
-            after = Exchange(f"which {unit} comes after {name}", f"{following} comes after {name}")
-            before = Exchange(f"which {unit} comes before {following}", f"{name} comes before {following}")
-            yield Pair(unit, _key(unit, "after", name), (after, before), fact=True)
+            yield Pair(unit, _key(unit, "after", name), _which_beside(unit, name, following), fact=True)
         for early, late in combinations(names, 2):
-            exchanges = (
-                *_choices([f"which {unit} comes first {{a}} or {{b}}"], early, late, f"{early} comes first"),
-                *_choices([f"which {unit} comes last {{a}} or {{b}}"], late, early, f"{late} comes last"),
-            )
-            yield Pair(unit, _key(unit, early, late), exchanges)
+            yield Pair(unit, _key(unit, early, late), _which_first(unit, early, late))
+
+
+def _which_beside(unit: str, name: str, following: str) -> tuple[Exchange, ...]:
+    return (
+        Exchange(f"which {unit} comes after {name}", f"{following} comes after {name}"),
+        Exchange(f"which {unit} comes before {following}", f"{name} comes before {following}"),
+    )
+
+
+def _which_first(unit: str, early: str, late: str) -> tuple[Exchange, ...]:
+    return (
+        *_choices([f"which {unit} comes first {{a}} or {{b}}"], early, late, f"{early} comes first"),
+        *_choices([f"which {unit} comes last {{a}} or {{b}}"], late, early, f"{late} comes last"),
+    )
 
 
 def _spelling() -> Iterator[Pair]:
@@ -583,12 +591,7 @@ def _word_list(name: str, number: int, *, least: int, most: int) -> str:
 def unspoken_wordings() -> list[dict[str, Any]]:
     """Every wording of the pairs that are not held out."""
     return [
-        {
-            "kind": pair.kind,
-            "turns": [turn._asdict() for turn in exchange.turns],
-            "question": exchange.question,
-            "answer": exchange.answer,
-        }
+        _lesson(pair.kind, exchange)
         for pair in pairs()
         if pair.key not in held_out()
         for exchange in pair.exchanges
@@ -601,15 +604,14 @@ def long_counts() -> list[dict[str, Any]]:
     ways = [
         way
         for low, high in combinations(range(len(NUMBERS)), 2)
-        if f"counting: {', '.join(sorted((NUMBERS[low], NUMBERS[high])))}" not in asked
+        if _key("counting", NUMBERS[low], NUMBERS[high]) not in asked
         for way in (NUMBERS[low : high + 1], NUMBERS[low : high + 1][::-1])
     ]
     return [
-        {"kind": "long counting", "turns": [], "question": f"{wording} from {way[0]} until {way[-1]}",
-         "answer": " ".join(way)}
+        _lesson("long counting", Exchange(f"{wording} from {way[0]} until {way[-1]}", " ".join(way)))
         for way in ways
         for wording in ("count", "please count")
-    ]  # fmt: skip
+    ]
 
 
 def number_orders() -> list[dict[str, Any]]:
@@ -619,27 +621,22 @@ def number_orders() -> list[dict[str, Any]]:
         for early, late in combinations(NUMBERS, 2)
         if _key("comparison", early, late) not in held_out()
     ]
-    choices = [
-        exchange
-        for early, late in asked
-        for exchange in (
-            *_choices(["which number comes first {a} or {b}"], early, late, f"{early} comes first"),
-            *_choices(["which number comes last {a} or {b}"], late, early, f"{late} comes last"),
-        )
-    ]
-    neighbours = [
-        exchange
-        for early, late in asked
-        if NUMBERS.index(late) == NUMBERS.index(early) + 1
-        for exchange in (
-            Exchange(f"which number comes after {early}", f"{late} comes after {early}"),
-            Exchange(f"which number comes before {late}", f"{early} comes before {late}"),
-        )
-    ]
-    return [
-        {"kind": "number order", "turns": [], "question": exchange.question, "answer": exchange.answer}
-        for exchange in (*choices, *neighbours)
-    ]
+    following = [(name, late) for name, late in pairwise(NUMBERS) if (name, late) in asked]
+    exchanges = (
+        *(exchange for pair in asked for exchange in _which_first("number", *pair)),
+        *(exchange for pair in following for exchange in _which_beside("number", *pair)),
+    )
+    return [_lesson("number order", exchange) for exchange in exchanges]
+
+
+def _lesson(kind: str, exchange: Exchange) -> dict[str, Any]:
+    """An exchange as something to read."""
+    return {
+        "kind": kind,
+        "turns": [turn._asdict() for turn in exchange.turns],
+        "question": exchange.question,
+        "answer": exchange.answer,
+    }
 
 
 def main() -> None:

@@ -287,11 +287,12 @@ class _Matrix:
         return rows @ self._weight if self._bias is None else torch.addmm(self._bias, rows, self._weight)
 
     def add_to(self, total: Tensor, rows: Tensor, factor: Tensor | None = None) -> None:
-        if factor is None and self._bias is None:
-            total.addmm_(rows, self._weight)
+        if factor is not None:
+            total.addcmul_(self(rows), factor[:, None])
+        elif self._bias is not None:
+            total += self(rows)
         else:
-            product = self(rows)
-            total += product if factor is None else product.mul_(factor[:, None])
+            total.addmm_(rows, self._weight)
 
 
 class _RoundedMatrix:

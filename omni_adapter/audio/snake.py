@@ -6,7 +6,6 @@ callers go on with torch. Knows nothing of codecs.
 """
 
 import ctypes
-import logging
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -15,9 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from omni_adapter.compiling import Signature, compiled, declared
-
-logger = logging.getLogger(__name__)
+from omni_adapter.compiling import Signature, checked, declared
 
 SOURCE = Path(__file__).with_name("snake.c")
 
@@ -123,14 +120,7 @@ def _address(tensor: Tensor | None) -> int | None:
 @cache
 def snake_calls() -> SnakeCalls | None:
     """The compiled calls; None where they cannot be compiled, or give wrong numbers."""
-    library = compiled(SOURCE)
-    if library is None:
-        return None
-    calls = SnakeCalls(library)
-    if not _is_right(calls):
-        logger.info("%s gives wrong numbers here; Snakes are computed without", SOURCE.name)
-        return None
-    return calls
+    return checked(SOURCE, SnakeCalls, _is_right)
 
 
 def _is_right(calls: SnakeCalls) -> bool:

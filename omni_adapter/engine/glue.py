@@ -5,7 +5,6 @@ compiler; where there is none, ``glue()`` is None and callers go on with torch. 
 """
 
 import ctypes
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -15,9 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from omni_adapter.compiling import Signature, compiled, declared
-
-logger = logging.getLogger(__name__)
+from omni_adapter.compiling import Signature, checked, declared
 
 SOURCE = Path(__file__).with_name("glue.c")
 
@@ -221,14 +218,7 @@ def table_places(tables: tuple[Tensor, Tensor], turned: int) -> tuple[int, int, 
 @cache
 def glue() -> Glue | None:
     """The compiled calls; None where they cannot be compiled, or give wrong numbers."""
-    library = compiled(SOURCE)
-    if library is None:
-        return None
-    calls = Glue(library)
-    if not _is_right(calls):
-        logger.info("%s gives wrong numbers here; steps go on without", SOURCE.name)
-        return None
-    return calls
+    return checked(SOURCE, Glue, _is_right)
 
 
 def _is_right(calls: Glue) -> bool:

@@ -380,16 +380,10 @@ class Batcher:
     def _admit(self) -> None:
         """Read the prompt that waits longest; where all go in step, those that go with it as well."""
         handles = self._call_in()
-        if len(handles) > 1:
-            with suppress(Exception):  # whichever is at fault fails by itself
-                self._read(handles)
-                return
+        if len(handles) > 1 and self._read(handles):
+            return
         for handle in handles:
-            try:
-                self._read([handle])
-            except Exception as error:  # whatever it is, it is this conversation's, and others go on
-                logger.warning("a conversation could not be answered: %s", error)
-                self._forget([handle.name], error)
+            self._read([handle])
 
     def _call_in(self) -> list[Handle]:
         """Give places to those whose prompts are read next: none if they were cancelled meanwhile."""
@@ -409,23 +403,32 @@ class Batcher:
                 self._running[handle.name] = handle
             return chosen
 
-    def _read(self, handles: Sequence[Handle]) -> None:
-        """Read prompts, in one batch."""
+    def _read(self, handles: Sequence[Handle]) -> bool:
+        """Read prompts, in one batch. Return False if that failed; a conversation by itself is then over."""
         requests = [handle.request for handle in handles if handle.request is not None]
         first, decoder = requests[0], requests[0].decoder
-        batch = collate([request.sample for request in requests], rules=decoder.rules)
-        state = decoder.prefill(
-            batch.to(decoder.model.device),
-            given=None if first.given is None else [request.given or () for request in requests],
-            seeds=[request.decoder.settings.seed for request in requests],
-        )
-        for handle, request in zip(handles, requests, strict=True):
-            handle.listener = request.rendering.listener()
+        try:
+            batch = collate([request.sample for request in requests], rules=decoder.rules)
+            state = decoder.prefill(
+                batch.to(decoder.model.device),
+                given=None if first.given is None else [request.given or () for request in requests],
+                seeds=[request.decoder.settings.seed for request in requests],
+            )
+            for handle, request in zip(handles, requests, strict=True):
+                handle.listener = request.rendering.listener()
+        except Exception as error:
+            if len(handles) > 1:  # whichever is at fault fails by itself
+                logger.info("%d prompts could not be read together: %s", len(handles), error)
+            else:  # whatever it is, it is this conversation's, and others go on
+                logger.warning("a conversation could not be answered: %s", error)
+                self._forget([handles[0].name], error)
+            return False
         state.names = [handle.name for handle in handles]
         lane = self._lane(first)
         lane.starting.append(_Group(decoder, state))
         if not decoder.task.speaks or self.schedule.lead_s is None:
             self._bring_together(lane, lane.starting[-1])
+        return True
 
     def _lane(self, request: Request) -> _Lane:
         """Where a request belongs."""
