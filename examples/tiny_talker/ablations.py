@@ -98,7 +98,7 @@ VARIANTS: tuple[Variant, ...] = (
         Variant(READING, "text lead", f"{steps} steps", (f"model.wrap.delay.text_lead={steps}",))
         for steps in (2, 4)
     ),
-    Variant(READING, WEIGHTS, "coarse codes more", ("loss.row_weights=[2.0,1.5,0.5,0.5,1.5,0.5,0.5]",)),
+    Variant(READING, WEIGHTS, "alike", ("loss.row_weights=null",)),
     Variant(ANSWERING, "answering", SHIPPED),
     Variant(ANSWERING, WEIGHTS, "text as much as each row of codes", ("loss.text_weight=1.0",)),
     Variant(ANSWERING, LM, "LoRA", ("model.lm=lora", "model.lora.rank=16", "optim.group_rates={}")),
@@ -109,15 +109,17 @@ VARIANTS: tuple[Variant, ...] = (
 
 
 class Stage(NamedTuple):
-    """One training run: its command, its folder, and the talker that it makes."""
+    """One training run.
+
+    Attributes:
+        command: what makes it.
+        folder: where it runs.
+        talker: folder of its result.
+    """
 
     command: tuple[str, ...]
     folder: Path
-
-    @property
-    def talker(self) -> Path:
-        """Folder of the result."""
-        return self.folder / "talker"
+    talker: Path
 
 
 def plan(variant: Variant, out: Path, *, kind: str, scale: float) -> list[Stage]:
@@ -143,7 +145,8 @@ def plan(variant: Variant, out: Path, *, kind: str, scale: float) -> list[Stage]
         command = [f"out={run}" if word.startswith("out=") else word for word in command]
         if stages:
             command[command.index("--start") + 1] = str(stages[-1].talker)
-        stages.append(Stage((*command, "watch.progress=false", *words), run))
+        command += ["watch.progress=false", *words]
+        stages.append(Stage(tuple(command), run, run / part.result.parent.name))
     return stages
 
 

@@ -8,8 +8,9 @@ OUT/voice/*.wav          the answer voice, reading out sentences of training: fo
 OUT/answers/*.wav        each distinct answer, read out by the answer voice, 24 kHz
 OUT/speech/*/*.wav       questions, 16 kHz: each of training ``renditions`` times, in different seen voices;
                          each held-out one by a seen and by an unseen voice
-OUT/rows_train.jsonl     rows for the recipes; ``rows_heldout_seen.jsonl`` and ``rows_heldout_unseen.jsonl``
-                         for the judgement
+OUT/rows_train.jsonl     what the encoder learns from; ``rows_taught.jsonl``, with more recordings of some
+                         kinds, what the talker learns from; ``rows_heldout_seen.jsonl`` and
+                         ``rows_heldout_unseen.jsonl`` for the judgement
 ======================== ===============================================================================
 
 Stopped, the same command goes on where it was: files that exist are kept, and each is the same in every
@@ -21,8 +22,9 @@ import argparse
 import hashlib
 import json
 import os
+import random
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -41,6 +43,17 @@ ANSWER_MULTIPLE = SNAC_24KHZ.samples_per_frame
 
 VOICE_SENTENCES = 2000
 """Sentences for the codec."""
+
+RENDITIONS = 2
+"""Recordings of each question of training."""
+
+MORE_RENDITIONS: Mapping[str, int] = {
+    "day": 10, "month": 8, "counting": 8, "plus": 5, "spelling": 5, "minus": 3, "two turns sum": 3, "work": 3,
+}  # fmt: skip
+"""The same for kinds whose words are told apart by little, or that are rare."""
+
+WRITTEN = 14_000
+"""Texts that the talker goes on reading while it learns to answer aloud."""
 
 TIMES_ALONE = 2
 """How often each voice says each word by itself."""
@@ -117,11 +130,18 @@ def question_voice(record: world.Record, rendition: int, *, unseen: bool = False
 
 
 def question_rows(
-    out: Path, split: world.Split, rendition: int, *, unseen: bool = False
+    out: Path,
+    split: world.Split,
+    rendition: int,
+    *,
+    unseen: bool = False,
+    kinds: Collection[str] | None = None,
 ) -> Iterator[tuple[dict[str, object], Clip]]:
-    """Yield the rows of a split with the recording of each question."""
+    """Yield the rows of a split, or of some kinds in it, with the recording of each question."""
     name = f"train{rendition}" if split == "train" else f"heldout_{'unseen' if unseen else 'seen'}"
     for record in world.records(split):
+        if kinds is not None and record.kind not in kinds:
+            continue
         voice = question_voice(record, rendition, unseen=unseen)
         audio_in = f"speech/{name}/{record.id}.wav"
         row: dict[str, object] = {
@@ -166,10 +186,12 @@ def reading_rows(out: Path) -> Iterator[tuple[dict[str, object], Clip]]:
         yield row, Clip(out / answer_path(text), text)
 
 
-def written_rows() -> Iterator[dict[str, object]]:
-    """Yield what the language model learned from: what made its text ability keeps it, with more of it."""
-    lessons = (*world.unspoken_wordings(), *world.long_counts(), *world.number_orders())
-    for number, record in enumerate(lessons):
+def written_rows(count: int = WRITTEN) -> Iterator[dict[str, object]]:
+    """Yield what the language model learned from, as often as it did: that keeps its text ability."""
+    lessons = world.lessons()
+    chances = world.chances([str(lesson["kind"]) for lesson in lessons])
+    drawn = random.Random(world.SEED).choices(lessons, chances, k=count)
+    for number, record in enumerate(drawn):
         yield {
             "id": f"written-{number}",
             "task": "text_to_text",
@@ -179,12 +201,12 @@ def written_rows() -> Iterator[dict[str, object]]:
         }
 
 
-def build(out: Path, *, renditions: int = 2, jobs: int = 1) -> None:
+def build(out: Path, *, renditions: int = RENDITIONS, jobs: int = 1) -> None:
     """Write the world.
 
     Args:
         out: folder.
-        renditions: recordings of each question of training.
+        renditions: recordings of each question of training, for the talker at least so many.
         jobs: processes.
     """
     for split in world.SPLITS:
@@ -201,6 +223,8 @@ def build(out: Path, *, renditions: int = 2, jobs: int = 1) -> None:
             rows, clips = zip(*question_rows(out, "train", rendition), strict=True)
             _make(pool, f"questions of training, {rendition + 1} of {renditions}", clips)
             train.extend(rows)
+        more = list(_more_questions(out, after=renditions))
+        _make(pool, "more questions of training", [clip for _, clip in more])
         rows, clips = zip(*dictation_rows(out), strict=True)
         _make(pool, "dictations", clips)
         write_rows(out / "rows_dictation.jsonl", rows)
@@ -208,7 +232,15 @@ def build(out: Path, *, renditions: int = 2, jobs: int = 1) -> None:
         _make(pool, "readings", {clip.path: clip for clip in clips}.values())
         write_rows(out / "rows_reading.jsonl", rows)
     write_rows(out / "rows_written.jsonl", written_rows())
+    write_rows(out / "rows_taught.jsonl", [*train, *(row for row, _ in more)])
     write_rows(out / "rows_train.jsonl", train)
+
+
+def _more_questions(out: Path, *, after: int) -> Iterator[tuple[dict[str, object], Clip]]:
+    """Yield the recordings of ``MORE_RENDITIONS`` that come after the first few of all questions."""
+    for rendition in range(after, max(MORE_RENDITIONS.values())):
+        kinds = [kind for kind, wanted in MORE_RENDITIONS.items() if rendition < wanted]
+        yield from question_rows(out, "train", rendition, kinds=kinds)
 
 
 def _make(pool: ProcessPoolExecutor, name: str, clips: Iterable[Clip]) -> None:
@@ -225,7 +257,9 @@ def main() -> None:
     """Read the command line and write the world."""
     parser = argparse.ArgumentParser(description="Write the tiny talker's world.")
     parser.add_argument("--out", type=Path, default=Path("build/tiny/world"), help="folder")
-    parser.add_argument("--renditions", type=int, default=2, help="recordings of each question of training")
+    parser.add_argument(
+        "--renditions", type=int, default=RENDITIONS, help="recordings of each question of training"
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
     arguments = parser.parse_args()
     start = time.monotonic()

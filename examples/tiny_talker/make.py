@@ -63,16 +63,19 @@ def plan(out: Path, *, kind: str = "llama") -> list[Part]:
     )
     lm = out / f"lm-{kind}"
     stages = {name: out / kind / name for name in ("speak", "hear", "adapt", "finetune")}
+    # Where a stage keeps an average of the weights, that is what goes on.
+    talkers = {
+        name: folder / ("talker" if name == "speak" else "talker-average") for name, folder in stages.items()
+    }
     written, answers, reading = (
-        world / f"rows_{name}.jsonl" for name in ("written", "train_coded", "reading_coded")
+        world / f"rows_{name}.jsonl" for name in ("written", "taught_coded", "reading_coded")
     )
     talker, report = out / f"talker-{kind}", out / f"report-{kind}"
     parts = ("--encoder", encoder, "--codec", codec)
-    # The training one comes last, so that its being there says that all are.
+    # What is taught comes last, so that its being there says that all are.
     to_encode = [
-        world / f"rows_{name}.jsonl" for name in ("heldout_seen", "heldout_unseen", "reading", "train")
+        world / f"rows_{name}.jsonl" for name in ("heldout_seen", "heldout_unseen", "reading", "taught")
     ]
-    end = "talker/omni_config.json"
 
     def prepare(name: str, source: Path, target: Path) -> Part:
         command = (sys.executable, ROOT / "recipes" / "prepare.py", source, "--out", target, *parts)
@@ -81,7 +84,7 @@ def plan(out: Path, *, kind: str = "llama") -> list[Part]:
     def train(stage: int, name: str, *start: object, data: Sequence[Path]) -> Part:
         sources = (word for path in data for word in ("--data", path))
         command = recipe(stage, name, *start, *sources, f"out={stages[name]}")
-        return Part(name, command, stages[name] / end)
+        return Part(name, command, talkers[name] / "omni_config.json")
 
     return [
         Part("world", script("build_world", "--out", world), world / "rows_train.jsonl"),
@@ -92,22 +95,22 @@ def plan(out: Path, *, kind: str = "llama") -> list[Part]:
         Part("codec", script("codec", "--data", world, "--out", codec), codec / "model.safetensors"),
         Part(
             "codes", script("codec", "--data", world, "--out", codec, "--encode", *to_encode),
-            world / "rows_train_coded.jsonl",
+            world / "rows_taught_coded.jsonl",
         ),
         train(1, "speak", "--base", lm, *parts, data=(answers, reading)),
         prepare("rows", answers, rows),
         prepare("dictation", world / "rows_dictation.jsonl", dictation),
-        train(1, "hear", "--start", stages["speak"] / "talker", data=(rows, dictation)),
-        train(2, "adapt", "--start", stages["hear"] / "talker", data=(rows, dictation, written)),
-        train(3, "finetune", "--start", stages["adapt"] / "talker", data=(rows, dictation, written, reading)),
+        train(1, "hear", "--start", talkers["speak"], data=(rows, dictation)),
+        train(2, "adapt", "--start", talkers["hear"], data=(rows, dictation, written)),
+        train(3, "finetune", "--start", talkers["adapt"], data=(rows, dictation, written, reading)),
         Part(
-            "ship", script("ship", stages["finetune"] / "talker", "--out", talker), talker / "README.md",
+            "ship", script("ship", talkers["finetune"], "--out", talker), talker / "README.md",
         ),
         Part(
             "report",
             script(
                 "evaluate", "--talker", talker, "--world", world, "--lm", lm, "--out", report,
-                "--stages", *(f"{name}={folder / 'talker'}" for name, folder in stages.items()),
+                "--stages", *(f"{name}={folder}" for name, folder in talkers.items()),
             ),
             report / "report.json",
         ),

@@ -8,13 +8,15 @@ speech.
 import argparse
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 STATE_FILE = "state.pt"
 
@@ -29,6 +31,9 @@ class Schedule:
         warmup_steps: steps on which the rate rises.
         weight_decay: for matrices; vectors are left alone.
         check_every: steps between two checks, each of which keeps the state.
+        final_share: share of the highest rate at which the cosine ends.
+        max_norm: longest gradient that is taken as it is.
+        average: decay of the average of the weights that is what comes out; None for the weights themselves.
     """
 
     num_steps: int
@@ -38,6 +43,7 @@ class Schedule:
     check_every: int
     final_share: float = 0.01
     max_norm: float = 1.0
+    average: float | None = None
 
     def rate(self, step: int) -> float:
         """Return the learning rate of a step, counted from 0."""
@@ -67,6 +73,12 @@ class PartTrainer:
             {"params": [p for p in learning if p.dim() <= 1], "weight_decay": 0.0},
         ]
         self.optimizer = torch.optim.AdamW(groups, lr=schedule.learning_rate, betas=(0.9, 0.98), fused=True)
+        decay = schedule.average
+        self.average = (
+            None
+            if decay is None
+            else AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(decay)).requires_grad_(False)
+        )
         self.step = 0
         self.minutes = 0.0
         if self.path.is_file():
@@ -83,7 +95,7 @@ class PartTrainer:
 
         Args:
             loss_of: the loss of a step, counted from 0.
-            check: called at every check; what it returns is printed.
+            check: called at every check, with the module as it comes out; what it returns is printed.
             until: stop before this step, with the state kept; None for the schedule's end.
 
         Returns:
@@ -100,13 +112,28 @@ class PartTrainer:
             self.minutes += (time.monotonic() - checked) / 60
             self._save()
             recent = losses[-self.schedule.check_every :]
+            with self.averaged():
+                found = check()
             print(
                 f"step {self.step} of {self.schedule.num_steps}, {self.minutes:.1f} min, "
-                f"loss {sum(recent) / len(recent):.4f}, {check()}",
+                f"loss {sum(recent) / len(recent):.4f}, {found}",
                 flush=True,
             )
             checked = time.monotonic()
         return losses
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Let the module have what comes out inside: the average of its weights, if one is kept."""
+        if self.average is None:
+            yield
+            return
+        kept = {name: value.clone() for name, value in self.module.state_dict().items()}
+        self.module.load_state_dict(self.average.module.state_dict())
+        try:
+            yield
+        finally:
+            self.module.load_state_dict(kept)
 
     def _take(self, loss: Tensor) -> float:
         for group in self.optimizer.param_groups:
@@ -115,6 +142,8 @@ class PartTrainer:
         loss.backward()
         nn.utils.clip_grad_norm_(self.module.parameters(), self.schedule.max_norm)
         self.optimizer.step()
+        if self.average is not None:
+            self.average.update_parameters(self.module)
         return float(loss.detach())
 
     def _save(self) -> None:
@@ -123,6 +152,7 @@ class PartTrainer:
             "minutes": self.minutes,
             "module": self.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
         }
         write_state(self.path, state)
 
@@ -131,6 +161,8 @@ class PartTrainer:
         state = torch.load(self.path, map_location=device, weights_only=True)
         self.module.load_state_dict(state["module"])
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
         self.step, self.minutes = state["step"], state["minutes"]
         print(f"going on after step {self.step}", flush=True)
 

@@ -514,6 +514,21 @@ _SOURCES = (
 WORDINGS = 2
 """Wordings that are taken of each pair."""
 
+KIND_POWER = 0.5
+"""Of a kind of n texts, n to this power is how often it is drawn."""
+
+HARDER: Mapping[str, float] = {
+    "plus": 3.0, "minus": 3.0, "two turns sum": 3.0, "comparison": 1.5, "counting": 6.0, "long counting": 2.0,
+    "day": 4.0, "month": 2.0, "spelling": 2.0,
+}  # fmt: skip
+"""Kinds that are drawn more often than that."""
+
+ORDER_KINDS = frozenset(
+    {"plus", "minus", "two turns sum", "counting", "long counting", "calendar counting", "comparison", "day",
+     "month", "number order"}
+)  # fmt: skip
+"""Kinds about numbers and orders."""
+
 MORE_WORDINGS: Mapping[str, int] = {"plus": 4, "minus": 3, "comparison": 4}
 """The same for kinds that take more to learn."""
 
@@ -607,11 +622,25 @@ def long_counts() -> list[dict[str, Any]]:
         if _key("counting", NUMBERS[low], NUMBERS[high]) not in asked
         for way in (NUMBERS[low : high + 1], NUMBERS[low : high + 1][::-1])
     ]
-    return [
-        _lesson("long counting", Exchange(f"{wording} from {way[0]} until {way[-1]}", " ".join(way)))
-        for way in ways
-        for wording in ("count", "please count")
+    return [lesson for way in ways for lesson in _counting_lessons("long counting", way)]
+
+
+def _counting_lessons(kind: str, way: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Both wordings of going from the first to the last."""
+    for wording in ("count", "please count"):
+        yield _lesson(kind, Exchange(f"{wording} from {way[0]} until {way[-1]}", " ".join(way)))
+
+
+def calendar_counts() -> list[dict[str, Any]]:
+    """Going through days and months as one counts, but for held-out pairs: how they follow one another."""
+    ways = [
+        way
+        for unit, names in (("day", DAYS), ("month", MONTHS))
+        for first, last in combinations(range(len(names)), 2)
+        if _key(unit, names[first], names[last]) not in held_out()
+        for way in (names[first : last + 1], names[first : last + 1][::-1])
     ]
+    return [lesson for way in ways for lesson in _counting_lessons("calendar counting", way)]
 
 
 def number_orders() -> list[dict[str, Any]]:
@@ -627,6 +656,17 @@ def number_orders() -> list[dict[str, Any]]:
         *(exchange for pair in following for exchange in _which_beside("number", *pair)),
     )
     return [_lesson("number order", exchange) for exchange in exchanges]
+
+
+def lessons() -> list[dict[str, Any]]:
+    """All that is read and not spoken. A held-out pair is asked for in none of them."""
+    return [*unspoken_wordings(), *long_counts(), *calendar_counts(), *number_orders()]
+
+
+def chances(kinds: Sequence[str]) -> list[float]:
+    """How often to draw each of some texts, given their kinds: rare kinds and hard ones more often."""
+    counts = Counter(kinds)
+    return [counts[kind] ** (KIND_POWER - 1) * HARDER.get(kind, 1) for kind in kinds]
 
 
 def _lesson(kind: str, exchange: Exchange) -> dict[str, Any]:

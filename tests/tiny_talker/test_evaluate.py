@@ -306,7 +306,7 @@ def test_the_lm_learns_on_from_the_hearing_of_the_recipe() -> None:
     """Stages 2 and 3 of a variant follow each other; the first one starts where the recipe's does."""
     adapt, finetune = _plan("the LM in stages 2 and 3: LoRA")
     starts = [stage.command[stage.command.index("--start") + 1] for stage in (adapt, finetune)]
-    assert starts == ["build/tiny/llama/hear/talker", str(adapt.talker)]
+    assert starts == ["build/tiny/llama/hear/talker-average", str(adapt.talker)]
     assert all("model.lm=lora" in stage.command for stage in (adapt, finetune))
     shipped = _plan("answering: as shipped")
     assert not {stage.folder for stage in shipped} & {adapt.folder, finetune.folder}
@@ -361,7 +361,9 @@ def test_finished_variants_are_skipped_and_the_table_grows(
 
 
 def test_a_recipe_that_fails_stops_the_ablations(tmp_path: Path) -> None:
-    failing = ablations.Stage((sys.executable, "-c", "raise SystemExit(3)"), tmp_path / "hear-0")
+    failing = ablations.Stage(
+        (sys.executable, "-c", "raise SystemExit(3)"), tmp_path / "hear-0", tmp_path / "hear-0/talker"
+    )
     with pytest.raises(RuntimeError, match="hear-0 ended with exit code 3"):
         ablations.train([failing])
 

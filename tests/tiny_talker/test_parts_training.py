@@ -136,7 +136,7 @@ def test_chat_template_refuses_other_roles(tokenizer):
 def lessons(tokenizer):
     """Everything that the LM learns from."""
     records = [record.as_row() for record in world.records("train")]
-    records += [*lm_training.unspoken_wordings(), *lm_training.long_counts()]
+    records += world.lessons()
     return lm_training.make_lessons(records, tokenizer)
 
 
@@ -150,10 +150,29 @@ def test_no_lesson_is_held_out(tokenizer, lessons):
 
 
 def test_long_counts_go_on_where_the_world_stops():
-    counts = {record["question"]: record["answer"] for record in lm_training.long_counts()}
+    counts = {record["question"]: record["answer"] for record in world.long_counts()}
     assert counts["count from nine until three"] == "nine eight seven six five four three"
     assert "count from three until eight" not in counts
     assert "please count from zero until twenty" in counts
+
+
+def test_days_and_months_are_gone_through_in_order():
+    counts = {record["question"]: record["answer"] for record in world.calendar_counts()}
+    assert counts["count from may until march"] == "may april march"
+    for question, answer in counts.items():
+        first, last = answer.split()[0], answer.split()[-1]
+        assert question.split()[-3:] == [first, "until", last]
+        unit = "day" if first in world.DAYS else "month"
+        assert world._key(unit, first, last) not in world.held_out()
+    assert len(counts) == len(world.calendar_counts()) > 250
+
+
+def test_rare_and_hard_kinds_are_drawn_more_often():
+    kinds = ["color"] * 100 + ["work"] * 25 + ["day"] * 25
+    chances = world.chances(kinds)
+    assert sum(chances[:100]) == pytest.approx(10)
+    assert sum(chances[100:125]) == pytest.approx(5)
+    assert sum(chances[125:]) == pytest.approx(5 * world.HARDER["day"])
 
 
 def make_training(lm, lessons, tokenizer, **settings):
@@ -237,7 +256,8 @@ def test_batches_weigh_answers(tokenizer):
 @pytest.mark.parametrize("kind", lm_training.KINDS)
 def test_the_lm_learns_and_goes_on_where_it_stopped(kind, world_folder, tmp_path):
     def train(name: str, until: int | None = None) -> None:
-        lm_training.train_lm(world_folder, tmp_path / name, kind=kind, schedule=SCHEDULE, until=until)
+        schedule = replace(SCHEDULE, average=0.5)
+        lm_training.train_lm(world_folder, tmp_path / name, kind=kind, schedule=schedule, until=until)
 
     train("straight")
     train("stopped", until=4)
@@ -419,6 +439,26 @@ def test_the_parts_make_a_talker(world_folder, tmp_path, parts, question):
     assert talker.config.text_end_ids[0] == tokenizer.eos_token_id
     reply = talker.transcribe(question, max_new_tokens=4)
     assert isinstance(reply.text, str)
+
+
+def test_what_comes_out_is_the_average_of_the_weights(tmp_path):
+    module = torch.nn.Linear(1, 1, bias=False)
+    schedule = replace(SCHEDULE, num_steps=3, check_every=1, average=0.5)
+    trainer = part_training.PartTrainer(module, schedule=schedule, folder=tmp_path)
+    before: list[float] = []
+    checked: list[float] = []
+
+    def loss(step: int) -> torch.Tensor:
+        before.append(module.weight.item())
+        return (module.weight - 100).square().sum()
+
+    trainer.run(loss, lambda: str(checked.append(module.weight.item())))
+    first, second, third = (*before[1:], module.weight.item())
+    averages = [first, (first + second) / 2, ((first + second) / 2 + third) / 2]
+    assert checked == pytest.approx(averages)
+    with trainer.averaged():
+        assert module.weight.item() == checked[-1]
+    assert module.weight.item() == third != checked[-1]
 
 
 def test_the_schedule_rises_and_falls():

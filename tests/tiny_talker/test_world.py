@@ -303,6 +303,7 @@ def small(monkeypatch):
     lists = {name: getattr(world, name)(3) for name in ("dictations", "readings")}
     codec_clips, few = build_world.codec_clips, {"train": TRAIN[:3], "heldout": HELD_OUT[:2]}
     monkeypatch.setattr(world, "records", few.__getitem__)
+    monkeypatch.setattr(world, "vocabulary", lambda: ("one", "moon"))
     for name, few_lists in lists.items():
         monkeypatch.setattr(world, name, lambda few_lists=few_lists: few_lists)
     monkeypatch.setattr(build_world, "ProcessPoolExecutor", InProcess)
@@ -351,6 +352,39 @@ def test_the_folder_holds_rows_that_the_recipes_read(small, tmp_path, capsys):
     assert sorted(json.loads((tmp_path / "train.jsonl").read_text().splitlines()[0])) == sorted(
         ["id", "kind", "pair", "turns", "question", "answer"]
     )
+
+
+@programs
+def test_some_kinds_are_taught_in_more_voices(small, tmp_path, monkeypatch, capsys):
+    kind = TRAIN[0].kind
+    monkeypatch.setattr(build_world, "MORE_RENDITIONS", {kind: 4})
+    build_world.build(tmp_path, renditions=2)
+    train, taught = (
+        [json.loads(line) for line in (tmp_path / f"rows_{name}.jsonl").read_text().splitlines()]
+        for name in ("train", "taught")
+    )
+    assert taught[: len(train)] == train
+    more = taught[len(train) :]
+    assert {row["kind"] for row in more} == {kind}
+    assert len(more) == 2 * sum(record.kind == kind for record in TRAIN[:3])
+    assert len({row["id"] for row in taught}) == len(taught)
+    assert len({row["voice"] for row in taught if row["text_in"] == more[0]["text_in"]}) == 4
+    assert all((tmp_path / row["audio_in"]).is_file() for row in taught)
+
+
+def test_what_is_written_is_drawn_as_the_language_model_drew_it():
+    rows = list(build_world.written_rows(3000))
+    assert rows == list(build_world.written_rows(3000))
+    assert len({row["id"] for row in rows}) == len(rows)
+    kinds = {lesson["question"]: lesson["kind"] for lesson in world.lessons()}
+    chances = world.chances([lesson["kind"] for lesson in world.lessons()])
+    counted = sum(
+        chance
+        for lesson, chance in zip(world.lessons(), chances, strict=True)
+        if lesson["kind"] == "counting"
+    )
+    share = sum(kinds[row["text_in"]] == "counting" for row in rows) / len(rows)
+    assert share == pytest.approx(counted / sum(chances), rel=0.15)
 
 
 @programs
