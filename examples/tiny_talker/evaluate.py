@@ -7,6 +7,9 @@ A talker and the held-out questions in; ``report.json``, ``report.md`` and ``ind
 out. Text answers count if every word is right. What is said counts by what pocketsphinx makes of the wav
 (``judge.py``), beside what it makes of the synthesizer's own voice saying the right answer, and of that after
 the codec: no reply can be expected to be clearer. Nothing that judges knows which answer is expected.
+
+Text ability before and after the stages is a small difference, and asking in writing is quick: it is taken over
+all held-out questions.
 """
 
 import argparse
@@ -569,6 +572,7 @@ class Wanted(NamedTuple):
         lm: folder of the bare LM; None leaves it out.
         stages: talkers of earlier stages, or their runs, by name.
         questions: how many are asked.
+        written_questions: how many are asked in writing alone, for the text ability; None asks all.
         device: where the talker runs.
         jobs: processes that listen.
         card: write figures and samples into the talker's folder, for its card.
@@ -580,6 +584,7 @@ class Wanted(NamedTuple):
     lm: Path | None = None
     stages: Mapping[str, Path] = {}
     questions: int = 240
+    written_questions: int | None = None
     device: str = "cpu"
     jobs: int = 1
     card: bool = False
@@ -604,7 +609,9 @@ def evaluate(wanted: Wanted) -> dict[str, Any]:
     }
     say("speed of single replies")
     report["speed"] = measure_speed(talker, questions)
-    report["text_ability"] = _text_ability(wanted, found, say)
+    count = wanted.written_questions
+    to_write = world.questions if count is None else choose(world.questions, count)
+    report["text_ability"] = _text_ability(wanted, talker, to_write, say)
     report["bars"] = check_bars(report)
     report["seconds"] = round(time.monotonic() - started, 1)
     report["answers"] = list(_answers(found))
@@ -613,18 +620,25 @@ def evaluate(wanted: Wanted) -> dict[str, Any]:
     return report
 
 
-def _text_ability(wanted: Wanted, found: Findings, say: Callable[[str], None]) -> dict[str, Any]:
+def _text_ability(
+    wanted: Wanted, talker: OmniAdapter, questions: Sequence[Question], say: Callable[[str], None]
+) -> dict[str, Any]:
     """Right answers from text: of the bare LM, after each stage, and of the talker."""
-    questions, ability = found.questions, {}
+    ability = {}
+
+    def ask(talker: OmniAdapter) -> dict[str, Any]:
+        replies = ask_all(talker, [question.written() for question in questions], task="text_to_text")
+        return _right(questions, [reply.text for reply in replies])
+
     if wanted.lm is not None:
-        say("the bare LM")
+        say(f"the bare LM, {len(questions)} questions in text")
         ability["base LM"] = _right(questions, answer_with_lm(wanted.lm, questions))
     for name, folder in wanted.stages.items():
-        say(f"the talker after the stage {name}")
-        stage = OmniAdapter.from_pretrained(talker_folder(folder), dtype="float32").to(wanted.device)
-        replies = ask_all(stage, [question.written() for question in questions], task="text_to_text")
-        ability[f"after {name}"] = _right(questions, [reply.text for reply in replies])
-    ability["talker"] = _right(questions, [reply.text for reply in found.written])
+        say(f"the talker after the stage {name}, the same questions")
+        stage = OmniAdapter.from_pretrained(talker_folder(folder), dtype="float32")
+        ability[f"after {name}"] = ask(stage.to(wanted.device))
+    say("the talker, the same questions")
+    ability["talker"] = ask(talker)
     return ability
 
 
@@ -683,7 +697,9 @@ def read_arguments(words: Sequence[str] | None = None) -> Wanted:
     parser.add_argument(
         "--stages", nargs="*", default=[], metavar="NAME=DIR", help="talkers of earlier stages, or their runs"
     )
-    parser.add_argument("--questions", type=int, default=240, help="held-out questions")
+    parser.add_argument(
+        "--questions", type=int, default=240, help="held-out questions that are spoken; all are asked in text"
+    )
     parser.add_argument("--quick", type=int, metavar="N", help="only N questions")
     parser.add_argument("--device", default="cpu", help="where the talker runs")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes that listen")
@@ -699,6 +715,7 @@ def read_arguments(words: Sequence[str] | None = None) -> Wanted:
         lm=given.lm,
         stages={name: Path(folder) for name, folder in stages.items()},
         questions=given.questions if given.quick is None else given.quick,
+        written_questions=given.quick,
         device=given.device,
         jobs=given.jobs,
         card=given.card,

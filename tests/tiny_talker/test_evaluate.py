@@ -130,7 +130,7 @@ def test_questions_are_drawn_evenly_over_kinds_and_pairs() -> None:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two held-out questions, spoken."""
+    """Two held-out questions, spoken, and a third that is one too many where two are asked."""
     if shutil.which("flite") is None:
         pytest.skip("flite is not installed")
     folder = tmp_path_factory.mktemp("world")
@@ -140,6 +140,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "q1", "two turns", "and plus one", "seven",
             [{"role": "user", "content": "what is five plus one"}, {"role": "assistant", "content": "six"}],
         ),
+        ("q2", "word of many letters", "spell cat", "c a t", []),
     ]  # fmt: skip
     records, spoken = [], []
     for name, kind, question, answer, turns in rows:
@@ -193,6 +194,7 @@ def test_a_report_of_an_untrained_talker_is_whole(
     )
     assert set(report["text_ability"]) == {"base LM", "after align", "talker"}
     assert report["text_ability"]["base LM"]["value"] == report["text_ability"]["talker"]["value"]
+    assert {entry["count"] for entry in report["text_ability"].values()} == {3}  # in writing all are asked
     reasons = report["endings"]["reasons"]
     assert all(sum(counts.values()) == 2 for counts in reasons.values())
     assert len(reasons) == 5
