@@ -29,11 +29,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from accelerate import Accelerator, DistributedType
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import InitProcessGroupKwargs, parse_flag_from_env
 from torch import Tensor
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from omni_adapter import hub
+from omni_adapter.arithmetic import multiplies_bfloat16
 from omni_adapter.config import dump, parse
 from omni_adapter.data.collator import Sample
 from omni_adapter.data.dataset import (
@@ -338,7 +339,7 @@ def _processes(settings: TrainSettings) -> Iterator[tuple[Accelerator, bool]]:
     is_launched = "RANK" in os.environ and not torch.accelerator.is_available()
     handlers = [InitProcessGroupKwargs(backend="gloo")] if is_launched else []
     accelerator = Accelerator(
-        mixed_precision="no" if settings.precision == "fp32" else settings.precision,
+        mixed_precision=_mixed_precision(settings.precision),
         log_with=list(settings.watch.trackers) or None,
         project_dir=settings.out,
         kwargs_handlers=handlers,
@@ -351,6 +352,15 @@ def _processes(settings: TrainSettings) -> Iterator[tuple[Accelerator, bool]]:
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+def _mixed_precision(asked: str) -> str:
+    """What Accelerate calls a precision."""
+    if asked == "auto":
+        found = None if parse_flag_from_env("ACCELERATE_USE_CPU") else torch.accelerator.current_accelerator()
+        device = found or torch.device("cpu")
+        return "bf16" if multiplies_bfloat16(device) else "no"
+    return "no" if asked == "fp32" else asked
 
 
 def _four_bits(dtype: str) -> Any:

@@ -40,7 +40,7 @@ from omni_adapter.audio.waveform import read_waveform
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from part_training import STATE_FILE, pick_device, training_folder, write_state
+from part_training import STATE_FILE, mixed_precision, pick_device, training_folder, write_state
 
 MODEL = {
     "sampling_rate": 24_000,
@@ -441,7 +441,7 @@ class Trainer:
         return waveform[:, None].to(self.device), codes
 
     def _autocast(self, part: nn.Module, value: Tensor) -> Tensor:
-        with torch.autocast(self.device.type, torch.bfloat16):
+        with mixed_precision(self.device):
             result: Tensor = part(value)
         return result.float()
 

@@ -37,6 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from part_training import (
     PartTrainer,
     Schedule,
+    mixed_precision,
     pick_device,
     step_generator,
     training_arguments,
@@ -329,7 +330,7 @@ class EncoderTraining:
         """Return the CTC loss of a step."""
         batch = self.batch(step)
         device = next(self.reader.parameters()).device
-        with torch.autocast(device.type, torch.bfloat16):
+        with mixed_precision(device):
             scores = self.reader(batch.features.to(device), batch.lengths.to(device))
         steps = scores.num_frames.cpu()
         flat = 1 - step / self.flat_steps if self.flat_steps else 0.0

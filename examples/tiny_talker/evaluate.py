@@ -8,8 +8,8 @@ out. Text answers count if every word is right. What is said counts by what pock
 (``judge.py``), beside what it makes of the synthesizer's own voice saying the right answer, and of that after
 the codec: no reply can be expected to be clearer. Nothing that judges knows which answer is expected.
 
-Text ability before and after the stages is a small difference, and asking in writing is quick: it is taken over
-all held-out questions.
+What the stages take from the text ability is little, and asking in writing is quick: it is measured with all
+held-out questions.
 """
 
 import argparse

@@ -33,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from part_training import (
     PartTrainer,
     Schedule,
+    mixed_precision,
     pick_device,
     step_generator,
     training_arguments,
@@ -348,7 +349,7 @@ class LmTraining:
             noise = torch.randn(embeddings.shape, generator=step_generator(self.seed, -1 - step))
             size = BLUR * embeddings.detach().square().mean(dim=-1, keepdim=True).sqrt()
             embeddings = embeddings + noise.to(ids.device) * size * drawn_out[..., None]
-        with torch.autocast(ids.device.type, torch.bfloat16):
+        with mixed_precision(ids.device):
             logits = self.lm(inputs_embeds=embeddings, use_cache=False).logits[:, :-1]
         losses = torch.nn.functional.cross_entropy(
             logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none"

@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from omni_adapter.arithmetic import multiplies_bfloat16
+
 STATE_FILE = "state.pt"
 
 
@@ -206,6 +208,11 @@ def pick_device(name: str) -> torch.device:
     if name != "auto":
         return torch.device(name)
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def mixed_precision(device: torch.device) -> torch.autocast:
+    """Return a context in which products are in bfloat16, where ``device`` multiplies it natively."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=multiplies_bfloat16(device))
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:

@@ -38,6 +38,7 @@ from omni_adapter.audio.snac_decoder import (
     DecoderState,
     SnacDecoder,
     can_join,
+    can_round,
     join_states,
     lay_out,
     reach,
@@ -284,11 +285,16 @@ class SnacCodec(nn.Module):
             precision: ``fp32`` in the weights' own dtype, ``bf16`` with the operands of its large matrix
                 products rounded: faster where the machine multiplies bfloat16, not exactly the same sound.
                 Encoding and what is saved stay as they are.
+
+        Raises:
+            ConfigError: if there is no such precision, or not on this processor.
         """
         if precision not in get_args(CodecPrecision):
             raise ConfigError(
                 f"a codec computes in one of {', '.join(get_args(CodecPrecision))}, got {precision!r}"
             )
+        if precision == "bf16" and not can_round(self._weight.device):
+            raise ConfigError("this processor does not multiply bfloat16; let the codec compute in fp32")
         self.precision = precision
         self._prepare()
 

@@ -108,6 +108,13 @@ def join_states(states: Sequence[DecoderState]) -> DecoderState:
     )
 
 
+def can_round(device: torch.device) -> bool:
+    """Whether ``bf16`` can be had on a device."""
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return True
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 @dataclass(frozen=True)
 class _Step:
     """One pass through the decoder: the stream's state, and whether it only flushes what is held back."""

@@ -20,7 +20,7 @@ from omni_adapter.bench.speed import Row, packed
 from omni_adapter.bench.timing import Contestant, Spread, interleave, stopwatch, timer
 from omni_adapter.bench.workshop import Workshop
 from omni_adapter.engine import relative_error
-from omni_adapter.errors import OmniError
+from omni_adapter.errors import ConfigError, OmniError
 from omni_adapter.talker import OmniAdapter
 
 _BLOCK_S = 0.24  # sound that is handed over at once while the question is spoken
@@ -179,8 +179,13 @@ def compare_codec(workshop: Workshop) -> dict[str, Any]:
     codecs: dict[str, Any] = {"exact": plain}
     if isinstance(plain, SnacCodec):
         for precision in set(get_args(CodecPrecision)) - {plain.precision}:
-            codecs[f"exact, products in {precision}"] = packed_codec = copy.deepcopy(plain)
-            packed_codec.pack(precision)
+            packed_codec = copy.deepcopy(plain)
+            try:
+                packed_codec.pack(precision)
+            except ConfigError as error:
+                workshop.say(f"codec, products in {precision}: {error}")
+            else:
+                codecs[f"exact, products in {precision}"] = packed_codec
     ways: dict[str, tuple[Any, dict[str, Any]]] = {name: (codec, {}) for name, codec in codecs.items()}
     for frames in range(-(-plain.context_samples[1] // spec.samples_per_frame)):
         ways[f"{frames} frames of right context"] = (plain, {"lookahead_frames": frames})

@@ -106,16 +106,25 @@ void omni_rotate(float *x, long rows, long stride, long heads, long width, const
         }
 }
 
-typedef float Block __attribute__((vector_size(64), aligned(4), may_alias)); /* 16 numbers, anywhere */
+#ifdef __AVX512F__
+enum { BLOCK = 16 }; /* numbers of a vector */
+#else
+enum { BLOCK = 8 };
+#endif
+enum { LANES = 4, STRIPE = BLOCK * LANES };
+
+typedef float Block __attribute__((vector_size(4 * BLOCK), aligned(4), may_alias)); /* anywhere */
 typedef float Half __attribute__((vector_size(32)));
 typedef float Quarter __attribute__((vector_size(16)));
 
-enum { BLOCK = 16, LANES = 4, STRIPE = BLOCK * LANES };
-
 INLINE float total_of(Block x)
 {
+#ifdef __AVX512F__
     Half half = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) +
                 __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
+#else
+    Half half = x;
+#endif
     Quarter quarter =
         __builtin_shufflevector(half, half, 0, 1, 2, 3) + __builtin_shufflevector(half, half, 4, 5, 6, 7);
     return (quarter[0] + quarter[1]) + (quarter[2] + quarter[3]);

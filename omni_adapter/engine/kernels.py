@@ -161,19 +161,27 @@ class _Tiled(Kernel):
         return self._product(x.float().contiguous()).to(x.dtype)
 
 
-class TiledBfloat16(_Tiled):
-    """A weight in bfloat16, multiplied in one call; products are added up in float32."""
+class TiledFloat32(_Tiled):
+    """A weight in float32, multiplied in one call."""
 
-    name, precision, tolerance = "tiled-bf16", "bf16", 2e-2
+    name, precision, tolerance = "tiled-fp32", "fp32", 1e-5
+    dtype: ClassVar[torch.dtype] = torch.float32
 
     def __init__(self, weight: Tensor, bias: Tensor | None, *, used: Used | None = None) -> None:
-        self._product = TiledWeight(*weight.shape, dtype=torch.bfloat16, scale=None, bias=_float(bias))
+        self._product = TiledWeight(*weight.shape, dtype=self.dtype, scale=None, bias=_float(bias))
         for start in range(0, len(weight), _PIECE_ROWS):
             read = weight[start : start + _PIECE_ROWS]
-            self._product.fill(start, _owned(read, torch.bfloat16))
+            self._product.fill(start, _owned(read, self.dtype))
             if used is not None:
                 used(read)
         self.nbytes = self._product.nbytes
+
+
+class TiledBfloat16(TiledFloat32):
+    """The same in bfloat16; products are added up in float32."""
+
+    name, precision, tolerance = "tiled-bf16", "bf16", 2e-2
+    dtype = torch.bfloat16
 
 
 class TiledInt8(_Tiled):
@@ -217,6 +225,7 @@ class WeightOnlyInt8(Kernel):
 KERNELS: dict[str, type[Kernel]] = {
     kernel.name: kernel
     for kernel in (
+        TiledFloat32,
         MixedFloat32,
         PackedFloat32,
         PlainFloat32,

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 
+from omni_adapter.arithmetic import BFLOAT16, multiplies_bfloat16, processor_capabilities
 from omni_adapter.errors import ConfigError
 
 Precision = Literal["fp32", "bf16", "int8", "auto"]
@@ -16,7 +17,6 @@ Precision = Literal["fp32", "bf16", "int8", "auto"]
 
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 
-_BFLOAT16 = ("amx_bf16", "avx512_bf16", "sve_bf16", "bf16")
 _DOT_PRODUCTS = ("amx_int8", "avx512_vnni", "avx_vnni", "i8mm", "dot", "sve_i8mm")
 
 
@@ -48,23 +48,11 @@ def choose_precision(
     if asked != "auto":
         return Choice(asked, "asked for")
     if device.type != "cpu":
-        if _accelerator_has_bfloat16(device):
+        if multiplies_bfloat16(device):
             return Choice("bf16", f"{device.type} computes in bfloat16")
         return Choice("fp32", f"{device.type} does not say that it computes in bfloat16")
     found = processor_capabilities() if capabilities is None else capabilities
-    for precision, wanted in (("bf16", _BFLOAT16), ("int8", _DOT_PRODUCTS)):
+    for precision, wanted in (("bf16", BFLOAT16), ("int8", _DOT_PRODUCTS)):
         if has := [name for name in wanted if found.get(name)]:
             return Choice(precision, f"the processor has {', '.join(has)}")
     return Choice("fp32", "the processor multiplies neither bfloat16 nor 8 bits natively")
-
-
-def processor_capabilities() -> Mapping[str, Any]:
-    """What torch says that the processor can do, by name; empty where it does not tell."""
-    tell = getattr(torch.cpu, "get_capabilities", None)
-    found: Mapping[str, Any] = tell() if tell else {}
-    return found
-
-
-def _accelerator_has_bfloat16(device: torch.device) -> bool:
-    tell = getattr(torch.get_device_module(device), "is_bf16_supported", None)
-    return bool(tell and tell())

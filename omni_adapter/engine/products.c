@@ -1,4 +1,4 @@
-/* Products of a weight in 8 bits, or in bfloat16, and rows in float32.
+/* Products of a weight in 8 bits, in bfloat16 or in float32, and rows in float32.
  *
  * The weight [outputs, inputs] lies in tiles of 16 outputs and 64 bytes of each of them:
  * [outputs / 16][bytes / 64][16 groups][16 outputs][4 bytes], padded with zeros. So it is read from the first byte
@@ -33,10 +33,15 @@ enum {
     GROUPS = 16,  /* of a tile, of 4 bytes */
     TILE = OUTPUTS * GROUPS * 4,
 #ifdef __AVX512F__
-    ROWS = 8, /* that vectors take at once, so many that their sums stay in registers */
+    ROWS = 8,   /* that vectors take at once, so many that their sums stay in registers */
+    INT8_ROWS = 8,
+    LANES = 16, /* of a vector in float32 */
 #else
     ROWS = 3,
+    INT8_ROWS = 4,
+    LANES = 8,
 #endif
+    VECTORS = OUTPUTS / LANES, /* that hold the sums of a row */
     HELD_ROWS = 256, /* that are quantised at once */
     LIMIT = 127,
     MIDDLE = 128,          /* added to weights in 8 bits, as products are of unsigned and signed bytes */
@@ -46,7 +51,7 @@ enum {
 };
 
 /* What the numbers of a weight are. */
-typedef enum { INT8, BF16 } Kind;
+typedef enum { INT8, BF16, FP32 } Kind;
 
 /* A weight in tiles, the scale of each output if it is in 8 bits, and a bias or none. */
 typedef struct {
@@ -56,8 +61,9 @@ typedef struct {
     long outputs, inputs;
 } Weight;
 
-/* Rows as they are multiplied, `bytes` apart and filled up with zeros: in 8 bits, in bfloat16 for matrix units,
- * or in float32. Those in 8 bits have a scale, and MIDDLE times the sum of their bytes. */
+/* Rows as they are multiplied, `bytes` apart and filled up with zeros: in 8 bits, or those in 16 where these are
+ * multiplied, in bfloat16 for matrix units, or in float32. Those in 8 bits have a scale, and MIDDLE times the sum
+ * of their bytes. */
 typedef struct {
     char *values;
     float *scale;
@@ -67,12 +73,17 @@ typedef struct {
 
 INLINE long least(long a, long b) { return a < b ? a : b; }
 INLINE long tiles_of(long bytes) { return (bytes + 63) / 64; }
-INLINE long tiles_of_output(const Weight *weight, Kind kind)
-{
-    return tiles_of(weight->inputs * (kind == BF16 ? 2 : 1));
-}
+INLINE long width_of(Kind kind) { return kind == FP32 ? 4 : kind == BF16 ? 2 : 1; }
+INLINE long tiles_of_output(const Weight *weight, Kind kind) { return tiles_of(weight->inputs * width_of(kind)); }
 
 /* ---- rows ---- */
+
+#if defined(__AVX2__) && !defined(__AVXVNNI__) && !(defined(__AVX512VNNI__) && defined(__AVX512BW__))
+#define MULTIPLIES_16_BITS
+enum { ROW_BYTES = 2 }; /* that a number of a row in 8 bits takes */
+#else
+enum { ROW_BYTES = 1 };
+#endif
 
 static void quantise(const float *x, long inputs, const Rows *rows, long row)
 {
@@ -94,6 +105,17 @@ static void quantise(const float *x, long inputs, const Rows *rows, long row)
         sum += whole;
     }
     memset(values + inputs, 0, (size_t)(rows->bytes - inputs));
+#ifdef MULTIPLIES_16_BITS
+    /* The first and third of four, then the second and fourth, as weights come apart. */
+    int16_t *wide = (int16_t *)values;
+    for (long i = rows->bytes / 2 - 4; i >= 0; i -= 4) {
+        int8_t a = values[i], b = values[i + 1], c = values[i + 2], d = values[i + 3];
+        wide[i] = a;
+        wide[i + 1] = c;
+        wide[i + 2] = b;
+        wide[i + 3] = d;
+    }
+#endif
     rows->scale[row] = broken == 0 ? most / (float)LIMIT : NAN;
     rows->surplus[row] = MIDDLE * sum;
 }
@@ -125,7 +147,7 @@ INLINE void finish(const Weight *weight, Kind kind, const Rows *rows, long row, 
 {
     long count = least(weight->outputs - output, OUTPUTS);
     out += row * weight->outputs + output;
-    if (kind == BF16) {
+    if (kind != INT8) {
         const float *products = sums;
         for (long i = 0; i < count; i++)
             out[i] = weight->bias ? products[i] + weight->bias[output + i] : products[i];
@@ -153,7 +175,7 @@ INLINE Sums dot4(Sums sums, const uint8_t *weight, const int8_t *x)
     return _mm512_dpbusd_epi32(sums, _mm512_loadu_si512(weight), _mm512_set1_epi32(four));
 }
 INLINE void store_sums(int32_t *out, Sums sums) { _mm512_storeu_si512(out, sums); }
-#elif defined(__AVX2__)
+#elif defined(__AVXVNNI__)
 typedef struct { __m256i half[2]; } Sums;
 INLINE Sums no_sums(void) { return (Sums){{_mm256_setzero_si256(), _mm256_setzero_si256()}}; }
 INLINE Sums add_sums(Sums a, Sums b)
@@ -166,23 +188,13 @@ INLINE Sums dot4(Sums sums, const uint8_t *weight, const int8_t *x)
 {
     int32_t four;
     memcpy(&four, x, 4);
-    __m256i row = _mm256_set1_epi32(four);
-    for (int h = 0; h < 2; h++) {
-        __m256i bytes = _mm256_loadu_si256((const __m256i *)(weight + 32 * h));
-#ifdef __AVXVNNI__
-        sums.half[h] = _mm256_dpbusd_avx_epi32(sums.half[h], bytes, row);
-#else
-        /* Bytes in pairs of 16 bits, as sums of products of bytes would be cut off at 16 bits. */
-        __m256i even = _mm256_madd_epi16(_mm256_and_si256(bytes, _mm256_set1_epi16(255)),
-                                         _mm256_srai_epi16(_mm256_slli_epi16(row, 8), 8));
-        __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(bytes, 8), _mm256_srai_epi16(row, 8));
-        sums.half[h] = _mm256_add_epi32(sums.half[h], _mm256_add_epi32(even, odd));
-#endif
-    }
+    for (int h = 0; h < 2; h++)
+        sums.half[h] = _mm256_dpbusd_avx_epi32(
+            sums.half[h], _mm256_loadu_si256((const __m256i *)(weight + 32 * h)), _mm256_set1_epi32(four));
     return sums;
 }
 INLINE void store_sums(int32_t *out, Sums sums) { memcpy(out, &sums, sizeof sums); }
-#else
+#elif !defined(MULTIPLIES_16_BITS)
 typedef struct { int32_t sum[OUTPUTS]; } Sums;
 INLINE Sums no_sums(void) { return (Sums){{0}}; }
 INLINE Sums add_sums(Sums a, Sums b)
@@ -201,13 +213,52 @@ INLINE Sums dot4(Sums sums, const uint8_t *weight, const int8_t *x)
 INLINE void store_sums(int32_t *out, Sums sums) { memcpy(out, &sums, sizeof sums); }
 #endif
 
+#ifdef MULTIPLIES_16_BITS
+/* `count` rows with 16 outputs in 8 bits: in pairs of 16 bits, as sums of products of bytes would be cut off there. */
+INLINE void few_int8(const Weight *weight, const Rows *rows, long first, int count, long block, float *out)
+{
+    long groups = tiles_of_output(weight, INT8) * GROUPS;
+    const uint8_t *read = weight->weight + block * groups * 64;
+    const char *values = rows->values + first * rows->bytes;
+    __m256i sums[INT8_ROWS][2];
+    for (int row = 0; row < count; row++)
+        sums[row][0] = sums[row][1] = _mm256_setzero_si256();
+    for (long group = 0; group < groups; group++, read += 64, values += 8) {
+        __builtin_prefetch(read + AHEAD, 0, 2);
+        __m256i even[2], odd[2];
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; half++) {
+            __m256i bytes = _mm256_loadu_si256((const __m256i *)(read + 32 * half));
+            even[half] = _mm256_and_si256(bytes, _mm256_set1_epi16(255));
+            odd[half] = _mm256_srli_epi16(bytes, 8);
+        }
+#pragma GCC unroll 8
+        for (int row = 0; row < count; row++) {
+            int32_t pairs[2];
+            memcpy(pairs, values + row * rows->bytes, 8);
+            __m256i first_pair = _mm256_set1_epi32(pairs[0]), second_pair = _mm256_set1_epi32(pairs[1]);
+#pragma GCC unroll 2
+            for (int half = 0; half < 2; half++) {
+                __m256i both = _mm256_add_epi32(_mm256_madd_epi16(even[half], first_pair),
+                                                _mm256_madd_epi16(odd[half], second_pair));
+                sums[row][half] = _mm256_add_epi32(sums[row][half], both);
+            }
+        }
+    }
+    for (int row = 0; row < count; row++) {
+        int32_t whole[OUTPUTS];
+        memcpy(whole, sums[row], sizeof whole);
+        finish(weight, INT8, rows, first + row, block * OUTPUTS, whole, out);
+    }
+}
+#else
 /* `count` rows in 8 bits with 16 outputs. */
 INLINE void few_int8(const Weight *weight, const Rows *rows, long first, int count, long block, float *out)
 {
     long tiles = tiles_of_output(weight, INT8);
     const uint8_t *read = weight->weight + block * tiles * TILE;
     const int8_t *values = (const int8_t *)(rows->values + first * rows->bytes);
-    Sums sums[ROWS][2];
+    Sums sums[INT8_ROWS][2];
     for (int row = 0; row < count; row++)
         sums[row][0] = sums[row][1] = no_sums();
     for (long group = 0; group < tiles * GROUPS; group += 4, read += 256)
@@ -215,7 +266,7 @@ INLINE void few_int8(const Weight *weight, const Rows *rows, long first, int cou
             __builtin_prefetch(read + AHEAD + 64 * turn, 0, 2);
             for (int row = 0; row < count; row++)
                 sums[row][turn & 1] = dot4(sums[row][turn & 1], read + 64 * turn,
-                                           values + row * rows->bytes + 4 * (group + turn));
+                                           values + row * rows->bytes + 4 * ROW_BYTES * (group + turn));
         }
     for (int row = 0; row < count; row++) {
         int32_t whole[OUTPUTS];
@@ -223,43 +274,67 @@ INLINE void few_int8(const Weight *weight, const Rows *rows, long first, int cou
         finish(weight, INT8, rows, first + row, block * OUTPUTS, whole, out);
     }
 }
+#endif
 
-typedef float Floats __attribute__((vector_size(64), aligned(4), may_alias));
-typedef uint32_t Words __attribute__((vector_size(64), aligned(4), may_alias));
+typedef float Floats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint32_t Words __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
-/* `count` rows in float32 with 16 outputs in bfloat16, which are the upper halves of numbers in float32. */
-INLINE void few_bf16(const Weight *weight, const Rows *rows, long first, int count, long block, float *out)
+/* `count` rows in float32 with 16 outputs in float32, or in bfloat16, which are the upper halves of numbers in
+ * float32. Inputs are taken in pairs, as they lie side by side in bfloat16; each of a pair has sums of its own. */
+INLINE void few_floats(const Weight *weight, Kind kind, const Rows *rows, long first, int count, long block,
+                       float *out)
 {
-    long tiles = tiles_of_output(weight, BF16);
-    const uint8_t *read = weight->weight + block * tiles * TILE;
+    long tiles = tiles_of_output(weight, kind), step = kind == BF16 ? 64 : 128;
+    const uint8_t *read = weight->weight + block * tiles * TILE, *end = read + tiles * TILE;
     const float *values = (const float *)(rows->values + first * rows->bytes);
     long stride = rows->bytes / 4;
-    Floats sums[ROWS][2];
+    Floats sums[ROWS][2][VECTORS];
     for (int row = 0; row < count; row++)
-        sums[row][0] = sums[row][1] = (Floats){0};
-    for (long group = 0; group < tiles * GROUPS; group++, read += 64) {
-        __builtin_prefetch(read + AHEAD, 0, 2);
-        Words pair = *(const Words *)read;
-        Floats even = (Floats)(pair << 16), odd = (Floats)(pair & 0xffff0000u);
-        for (int row = 0; row < count; row++) {
-            sums[row][0] += even * values[row * stride + 2 * group];
-            sums[row][1] += odd * values[row * stride + 2 * group + 1];
+        for (int vector = 0; vector < VECTORS; vector++)
+            sums[row][0][vector] = sums[row][1][vector] = (Floats){0};
+    for (; read < end; read += step, values += 2) {
+        for (int line = 0; line < step; line += 64)
+            __builtin_prefetch(read + AHEAD + line, 0, 2);
+#pragma GCC unroll 2
+        for (int side = 0; side < 2; side++) {
+            Floats numbers[VECTORS];
+#pragma GCC unroll 2
+            for (int vector = 0; vector < VECTORS; vector++) {
+                const uint8_t *here = read + 4 * LANES * vector;
+                Words pair = *(const Words *)here;
+                if (kind == FP32)
+                    numbers[vector] = *(const Floats *)(here + 64 * side);
+                else if (side)
+                    numbers[vector] = (Floats)(pair & 0xffff0000u);
+                else
+                    numbers[vector] = (Floats)(pair << 16);
+            }
+#pragma GCC unroll 8
+            for (int row = 0; row < count; row++)
+#pragma GCC unroll 2
+                for (int vector = 0; vector < VECTORS; vector++)
+                    sums[row][side][vector] += numbers[vector] * values[row * stride + side];
         }
     }
     for (int row = 0; row < count; row++) {
-        Floats sum = sums[row][0] + sums[row][1];
-        finish(weight, BF16, rows, first + row, block * OUTPUTS, &sum, out);
+        Floats sum[VECTORS];
+        for (int vector = 0; vector < VECTORS; vector++)
+            sum[vector] = sums[row][0][vector] + sums[row][1][vector];
+        finish(weight, kind, rows, first + row, block * OUTPUTS, sum, out);
     }
 }
 
 INLINE void few(const Weight *weight, Kind kind, const Rows *rows, long first, int count, long block,
                 float *out)
 {
-    if (kind == BF16)
-        few_bf16(weight, rows, first, count, block, out);
-    else
-        few_int8(weight, rows, first, count, block, out);
+    switch (kind) { /* compiled once for each kind; no more floats than have room */
+    case INT8: few_int8(weight, rows, first, count, block, out); break;
+    case BF16: few_floats(weight, BF16, rows, first, count < ROWS ? count : ROWS, block, out); break;
+    default: few_floats(weight, FP32, rows, first, count < ROWS ? count : ROWS, block, out);
+    }
 }
+
+INLINE long rows_at_once(Kind kind) { return kind == INT8 ? INT8_ROWS : ROWS; }
 
 INLINE void some(const Weight *weight, Kind kind, const Rows *rows, long first, long count, long block,
                  float *out)
@@ -267,14 +342,14 @@ INLINE void some(const Weight *weight, Kind kind, const Rows *rows, long first, 
     switch (count) {
     case 1: few(weight, kind, rows, first, 1, block, out); break;
     case 2: few(weight, kind, rows, first, 2, block, out); break;
-#ifdef __AVX512F__
     case 3: few(weight, kind, rows, first, 3, block, out); break;
     case 4: few(weight, kind, rows, first, 4, block, out); break;
+#ifdef __AVX512F__
     case 5: few(weight, kind, rows, first, 5, block, out); break;
     case 6: few(weight, kind, rows, first, 6, block, out); break;
     case 7: few(weight, kind, rows, first, 7, block, out); break;
+    default: few(weight, kind, rows, first, 8, block, out);
 #endif
-    default: few(weight, kind, rows, first, ROWS, block, out);
     }
 }
 
@@ -366,7 +441,7 @@ INLINE void many(const Weight *weight, Kind kind, const Rows *rows, long first, 
 INLINE int takes_tiles(Kind kind, long count)
 {
 #ifdef HAS_TILES
-    return (kind == BF16 || count > ROWS) && has_tiles();
+    return (kind == BF16 || (kind == INT8 && count > INT8_ROWS)) && has_tiles();
 #else
     (void)kind, (void)count;
     return 0;
@@ -388,8 +463,8 @@ INLINE void multiply(const Weight *weight, Kind kind, const Rows *rows, long cou
     }
 #endif
     for (long block = first; block < last; block++)
-        for (long row = 0; row < count; row += ROWS)
-            some(weight, kind, rows, row, least(count - row, ROWS), block, out);
+        for (long row = 0; row < count; row += rows_at_once(kind))
+            some(weight, kind, rows, row, least(count - row, rows_at_once(kind)), block, out);
 }
 
 INLINE void prepare(Kind kind, const float *x, long inputs, const Rows *rows, long row)
@@ -400,10 +475,10 @@ INLINE void prepare(Kind kind, const float *x, long inputs, const Rows *rows, lo
         return;
     }
 #endif
-    if (kind == BF16)
-        copy(x, inputs, rows, row);
-    else
+    if (kind == INT8)
         quantise(x, inputs, rows, row);
+    else
+        copy(x, inputs, rows, row);
 }
 
 INLINE int product(const Weight *weight, Kind kind, const float *x, long rows, float *out)
@@ -414,7 +489,7 @@ INLINE int product(const Weight *weight, Kind kind, const float *x, long rows, f
     long held = most;
     if (in_tiles && most > OUTPUTS)
         held = (most + 31) / 32 * 32; /* tiles read rows that are not kept, too */
-    long bytes = 64 * tiles * (kind == BF16 && !in_tiles ? 2 : 1);
+    long bytes = 64 * tiles * (in_tiles ? 1 : (kind == INT8 ? ROW_BYTES : 4) / width_of(kind));
     char *memory = malloc((size_t)held * (size_t)(bytes + 8) + 64);
     if (!memory)
         return 1;
@@ -449,6 +524,12 @@ int omni_product_int8(const Weight *weight, const float *x, long rows, float *ou
 int omni_product_bf16(const Weight *weight, const float *x, long rows, float *out)
 {
     return product(weight, BF16, x, rows, out);
+}
+
+/* The same with a weight in float32. */
+int omni_product_fp32(const Weight *weight, const float *x, long rows, float *out)
+{
+    return product(weight, FP32, x, rows, out);
 }
 
 /* Bytes that a weight takes in tiles: `width` is that of a number. */

@@ -24,11 +24,16 @@ _POINTER, _LONG = ctypes.c_void_p, ctypes.c_long
 _SIGNATURES: dict[str, Signature] = {
     "omni_product_int8": (ctypes.c_int, (_POINTER, _POINTER, _LONG, _POINTER)),
     "omni_product_bf16": (ctypes.c_int, (_POINTER, _POINTER, _LONG, _POINTER)),
+    "omni_product_fp32": (ctypes.c_int, (_POINTER, _POINTER, _LONG, _POINTER)),
     "omni_tiled_bytes": (_LONG, (_LONG,) * 3),
     "omni_tile": (None, (_POINTER, _LONG, _LONG, _LONG, _LONG, ctypes.c_uint8, _POINTER)),
 }
-_CALLS = {torch.int8: "omni_product_int8", torch.bfloat16: "omni_product_bf16"}
-_OFFSETS = {torch.int8: 128, torch.bfloat16: 0}
+_CALLS = {
+    torch.int8: "omni_product_int8",
+    torch.bfloat16: "omni_product_bf16",
+    torch.float32: "omni_product_fp32",
+}
+_OFFSETS = {torch.int8: 128}
 """Added to each byte of a weight: bytes without a sign are multiplied with those that have one."""
 
 
@@ -51,7 +56,7 @@ class TiledWeight:
         outputs: rows of the weight.
         inputs: columns of the weight.
         dtype: of its numbers.
-        scale: of each output, float32 [out]; none for bfloat16.
+        scale: of each output, float32 [out]; of weights in 8 bits only.
         bias: float32 [out], or None.
 
     Raises:
@@ -96,7 +101,7 @@ class TiledWeight:
         assert piece.is_contiguous()
         assert start % TILE_OUTPUTS == 0
         rows, inputs = piece.shape
-        offset, width = _OFFSETS[self.dtype], self.dtype.itemsize
+        offset, width = _OFFSETS.get(self.dtype, 0), self.dtype.itemsize
         self._tile(piece.data_ptr(), start, rows, inputs, width, offset, self._place.memory.data_ptr())
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from omni_adapter.errors import ConfigError, MissingDependencyError
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(ge=0)]
-Precision = Literal["fp32", "bf16", "fp16"]
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
 
 _STRICT = ConfigDict(extra="forbid", strict=False)
 _PACKAGES = (
@@ -217,7 +217,8 @@ class TrainSettings:
         stage: row of the table of stages: align, adapt, finetune, anneal.
         out: run folder.
         seed: of new weights, order of data and dropout.
-        precision: type of the arithmetic; weights keep theirs.
+        precision: type of the arithmetic; weights keep theirs. ``auto`` is bf16 where the machine multiplies it
+            natively, else fp32.
         threads: threads of each process on the CPU; None leaves it to torch. Other threads, other bits.
         model: what is trained.
         data: what is learned from.

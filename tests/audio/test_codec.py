@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from omni_adapter.audio.codec import CodecStream, SnacCodec, levels_from_rows, rows_from_levels
-from omni_adapter.audio.snac_decoder import DecoderState, can_join, join_states, select_states
+from omni_adapter.audio.snac_decoder import DecoderState, can_join, can_round, join_states, select_states
 from omni_adapter.config import CodecSpec
 from omni_adapter.errors import AudioError, CheckpointError, CodeGridError, ConfigError
 
@@ -224,7 +224,8 @@ def test_streams_that_join_are_as_if_alone(codec):
         (torch.cat((samples_of_second, both[1], rest[1])), codec.decode(codes[1:2, :, :11], seed=6)[0]),
         (torch.cat((samples_of_third, rest[0])), codec.decode(codes[2:, :, :8], seed=7, first_frame=2)[0]),
     ):
-        torch.testing.assert_close(samples, alone[: len(samples)], rtol=0, atol=2e-6)
+        # Products of other numbers of rows; how their sums are ordered is the processor's.
+        torch.testing.assert_close(samples, alone[: len(samples)], rtol=0, atol=4e-6)
 
 
 def test_joining_leaves_its_streams_as_they_were(codec):
@@ -257,6 +258,17 @@ def test_a_state_can_be_copied(codec):
     assert torch.equal(codec.decode_chunk(codes[..., 4:], state, last=True), expected)
 
 
+@pytest.mark.skipif(can_round(torch.device("cpu")), reason="this processor multiplies bfloat16")
+def test_rounded_products_are_refused_where_there_are_none():
+    codec = lively(SnacCodec.from_model(snac_model()))
+    codes = random_codes(codec, 4)
+    before = codec.decode(codes)
+    with pytest.raises(ConfigError, match="does not multiply bfloat16"):
+        codec.pack("bf16")
+    assert torch.equal(codec.decode(codes), before)
+
+
+@pytest.mark.skipif(not can_round(torch.device("cpu")), reason="this processor does not multiply bfloat16")
 def test_rounded_products_have_a_bounded_error():
     codec = lively(SnacCodec.from_model(snac_model()))
     codes = random_codes(codec, 8)
