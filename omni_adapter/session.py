@@ -25,7 +25,6 @@ from omni_adapter.model import OmniModel
 
 HearingMode = Literal["exact", "blocks"]
 
-_MOST_KEPT_BACK = 32  # steps of a recording
 _ROOM_S = 60.0  # of speech that memory is taken for beforehand; longer questions are read again with more
 
 
@@ -322,7 +321,7 @@ class Session:
         assert turn.reader is not None
         assert turn.step is not None
         piece = _piece(turn.step.expand(-1, count), [AudioSpan(0, count)], [embeddings])
-        is_short = count <= _MOST_KEPT_BACK
+        is_short = count <= self._model.backbone.cheap_columns
         if read and is_short:
             turn.reader.read()
         turn.reader.add(piece)

@@ -10,8 +10,8 @@ import pytest
 # No test asks the Hub for anything; one that tries fails at once. Read when the Hub's client is imported.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-# On some processors a product of MKL, torch's library for matrices, depends in its last bits on where in memory its
-# numbers lie, and tests compare bits. Read at the first product.
+# On some processors a product of MKL, torch's library for matrices, depends in its last bits on where in
+# memory its numbers lie, and tests compare bits. Read at the first product.
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 

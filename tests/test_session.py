@@ -8,7 +8,6 @@ from soundfile import read
 from omni_adapter import OmniAdapter
 from omni_adapter.audio.clips import Frames
 from omni_adapter.errors import AudioError, ConfigError, ContextOverflowError, PromptError
-from omni_adapter.generation import generator
 from omni_adapter.generation.streaming import Reply
 from tests.talkers import fresh_talker
 
@@ -136,7 +135,8 @@ def test_the_prompt_is_read_while_it_is_spoken(blocks_talker, question, monkeypa
         prompt = before + sum(read_columns)
         assert prompt - before <= 2 * 20 + 8  # the last blocks and what follows the recording
         # That, and the column where the rows part, unless all are few enough to be read twice.
-        assert len(read_columns) == (1 if sum(read_columns) <= generator._COLUMNS_READ_TWICE else 2)
+        cheap = blocks_talker.model.backbone.cheap_columns
+        assert len(read_columns) == (1 if sum(read_columns) <= cheap else 2)
         whole = blocks_talker.processor(
             [{"role": "user", "content": [{"type": "audio", "audio": question}]}], task="speech_to_speech"
         )

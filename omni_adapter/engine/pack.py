@@ -29,7 +29,7 @@ from omni_adapter.engine.rehearsal import (
     linear_weight,
     replace_module,
 )
-from omni_adapter.engine.selection import Selection, Shape
+from omni_adapter.engine.selection import Selection, Shape, cheap_rows
 from omni_adapter.errors import BackboneError, ConfigError
 from omni_adapter.model import OmniModel
 
@@ -37,6 +37,7 @@ logger = logging.getLogger(__name__)
 
 _DECODED_ROWS = 2  # rows of a step: one that speaks and one that writes
 _HEARD_ROWS = 64  # rows of a recording: some seconds
+_TRIED_KERNELS = 8  # of one shape, to see what rows cost
 _TRIMMED_BYTES = 1 << 26
 _HALVES = (torch.bfloat16, torch.float16)
 
@@ -230,6 +231,7 @@ class _Packer:
         widen(model, dtype=activations, but=tables)
         self._narrow_table(activations)
         backbone.activation_dtype = activations
+        backbone.cheap_columns = self._cheap_columns()
         quick = quicken(model) if activations == torch.float32 else 0
         errors = {
             _OUTPUTS[name]: max(map(relative_error, part.run(), casting.outputs))
@@ -247,6 +249,22 @@ class _Packer:
             quick=quick,
             errors=errors,
         )
+
+    def _cheap_columns(self) -> int:
+        """Measured with the products that most of a pass goes into; what it was where none is packed."""
+        backbone = self.model.backbone
+        head = backbone.lm.get_output_embeddings()
+        shapes: dict[tuple[int, int], list[Kernel]] = {}
+        for layer in backbone.lm.modules():
+            if isinstance(layer, PackedLinear) and layer.kernel is not None and layer is not head:
+                outputs = layer.out_features if layer.siblings is None else layer.siblings.size
+                kernels = shapes.setdefault((outputs, layer.in_features), [])
+                if layer.kernel not in kernels:
+                    kernels.append(layer.kernel)
+        if not shapes:
+            return backbone.cheap_columns
+        (_, inputs), kernels = max(shapes.items(), key=lambda entry: sum(one.nbytes for one in entry[1]))
+        return cheap_rows(kernels[:_TRIED_KERNELS], inputs, rows=_DECODED_ROWS)
 
     def _activations(self, casting: Casting) -> torch.dtype:
         """Type of what lies between the products: float32, unless most weights stay in half as they are."""

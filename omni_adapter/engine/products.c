@@ -35,10 +35,12 @@ enum {
 #ifdef __AVX512F__
     ROWS = 8,   /* that vectors take at once, so many that their sums stay in registers */
     INT8_ROWS = 8,
+    SIDES = 2,  /* sums of an output, of every second input each, so that additions need not wait */
     LANES = 16, /* of a vector in float32 */
 #else
-    ROWS = 3,
+    ROWS = 6,
     INT8_ROWS = 4,
+    SIDES = 1,
     LANES = 8,
 #endif
     VECTORS = OUTPUTS / LANES, /* that hold the sums of a row */
@@ -234,9 +236,9 @@ INLINE void few_int8(const Weight *weight, const Rows *rows, long first, int cou
         }
 #pragma GCC unroll 8
         for (int row = 0; row < count; row++) {
-            int32_t pairs[2];
-            memcpy(pairs, values + row * rows->bytes, 8);
-            __m256i first_pair = _mm256_set1_epi32(pairs[0]), second_pair = _mm256_set1_epi32(pairs[1]);
+            const float *pairs = (const float *)(values + row * rows->bytes); /* whatever they are, they are copied */
+            __m256i first_pair = _mm256_castps_si256(_mm256_broadcast_ss(pairs));
+            __m256i second_pair = _mm256_castps_si256(_mm256_broadcast_ss(pairs + 1));
 #pragma GCC unroll 2
             for (int half = 0; half < 2; half++) {
                 __m256i both = _mm256_add_epi32(_mm256_madd_epi16(even[half], first_pair),
@@ -279,8 +281,15 @@ INLINE void few_int8(const Weight *weight, const Rows *rows, long first, int cou
 typedef float Floats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
+/* Compilers would read it from memory again for each row. */
+#if defined(__AVX2__) && !defined(__AVX512F__)
+#define KEEP_IN_REGISTER(vector) __asm__("" : "+x"(vector))
+#else
+#define KEEP_IN_REGISTER(vector) (void)(vector)
+#endif
+
 /* `count` rows in float32 with 16 outputs in float32, or in bfloat16, which are the upper halves of numbers in
- * float32. Inputs are taken in pairs, as they lie side by side in bfloat16; each of a pair has sums of its own. */
+ * float32. Inputs are taken in pairs, as they lie side by side in bfloat16. */
 INLINE void few_floats(const Weight *weight, Kind kind, const Rows *rows, long first, int count, long block,
                        float *out)
 {
@@ -288,10 +297,11 @@ INLINE void few_floats(const Weight *weight, Kind kind, const Rows *rows, long f
     const uint8_t *read = weight->weight + block * tiles * TILE, *end = read + tiles * TILE;
     const float *values = (const float *)(rows->values + first * rows->bytes);
     long stride = rows->bytes / 4;
-    Floats sums[ROWS][2][VECTORS];
+    Floats sums[ROWS][SIDES][VECTORS];
     for (int row = 0; row < count; row++)
-        for (int vector = 0; vector < VECTORS; vector++)
-            sums[row][0][vector] = sums[row][1][vector] = (Floats){0};
+        for (int side = 0; side < SIDES; side++)
+            for (int vector = 0; vector < VECTORS; vector++)
+                sums[row][side][vector] = (Floats){0};
     for (; read < end; read += step, values += 2) {
         for (int line = 0; line < step; line += 64)
             __builtin_prefetch(read + AHEAD + line, 0, 2);
@@ -308,18 +318,22 @@ INLINE void few_floats(const Weight *weight, Kind kind, const Rows *rows, long f
                     numbers[vector] = (Floats)(pair & 0xffff0000u);
                 else
                     numbers[vector] = (Floats)(pair << 16);
+                KEEP_IN_REGISTER(numbers[vector]);
             }
 #pragma GCC unroll 8
             for (int row = 0; row < count; row++)
 #pragma GCC unroll 2
                 for (int vector = 0; vector < VECTORS; vector++)
-                    sums[row][side][vector] += numbers[vector] * values[row * stride + side];
+                    sums[row][side % SIDES][vector] += numbers[vector] * values[row * stride + side];
         }
     }
     for (int row = 0; row < count; row++) {
         Floats sum[VECTORS];
-        for (int vector = 0; vector < VECTORS; vector++)
-            sum[vector] = sums[row][0][vector] + sums[row][1][vector];
+        for (int vector = 0; vector < VECTORS; vector++) {
+            sum[vector] = sums[row][0][vector];
+            if (SIDES == 2)
+                sum[vector] += sums[row][SIDES - 1][vector];
+        }
         finish(weight, kind, rows, first + row, block * OUTPUTS, sum, out);
     }
 }
@@ -327,10 +341,10 @@ INLINE void few_floats(const Weight *weight, Kind kind, const Rows *rows, long f
 INLINE void few(const Weight *weight, Kind kind, const Rows *rows, long first, int count, long block,
                 float *out)
 {
-    switch (kind) { /* compiled once for each kind; no more floats than have room */
-    case INT8: few_int8(weight, rows, first, count, block, out); break;
-    case BF16: few_floats(weight, BF16, rows, first, count < ROWS ? count : ROWS, block, out); break;
-    default: few_floats(weight, FP32, rows, first, count < ROWS ? count : ROWS, block, out);
+    switch (kind) { /* compiled once for each kind, for no more rows than there are at once */
+    case INT8: few_int8(weight, rows, first, count < INT8_ROWS ? count : INT8_ROWS, block, out); break;
+    case BF16: few_floats(weight, BF16, rows, first, count, block, out); break;
+    default: few_floats(weight, FP32, rows, first, count, block, out);
     }
 }
 
@@ -344,9 +358,9 @@ INLINE void some(const Weight *weight, Kind kind, const Rows *rows, long first, 
     case 2: few(weight, kind, rows, first, 2, block, out); break;
     case 3: few(weight, kind, rows, first, 3, block, out); break;
     case 4: few(weight, kind, rows, first, 4, block, out); break;
-#ifdef __AVX512F__
     case 5: few(weight, kind, rows, first, 5, block, out); break;
     case 6: few(weight, kind, rows, first, 6, block, out); break;
+#ifdef __AVX512F__
     case 7: few(weight, kind, rows, first, 7, block, out); break;
     default: few(weight, kind, rows, first, 8, block, out);
 #endif

@@ -20,6 +20,7 @@ _ROUNDS = 3
 _MARGIN = 0.95  # another kernel than the preferred, or one for each sibling, must be this much quicker
 _LEAST_ELEMENTS = 1 << 16  # of smaller weights nothing is gained
 _PROMPT_ROWS = 64
+_CHEAP_ROWS = 48  # at most
 _PROMPT_SHARE = 0.05  # of a prompt's time that counts beside that of a step
 
 _measured: dict[tuple[str, "Shape", int], float] = {}
@@ -123,6 +124,25 @@ class Selection:
             _measured[key] = seconds_of_kernel(kernel, shape.tried)
             self._left_s -= time.perf_counter() - started_s
         return _measured[key]
+
+
+@torch.no_grad()
+def cheap_rows(kernels: Sequence[Kernel], inputs: int, *, rows: int) -> int:
+    """Return how many more rows take about as long as the first ``rows``, at least 1.
+
+    A product reads its whole weight for few rows as for many: where that takes the time, rows are cheap.
+
+    Args:
+        kernels: products of one shape, whose weights together do not fit the caches.
+        inputs: columns of their weights.
+        rows: as many as a step has.
+    """
+    generator = torch.Generator().manual_seed(0)
+    few, many = (
+        _least_seconds(kernels, torch.randn(count, inputs, generator=generator))
+        for count in (rows, _CHEAP_ROWS)
+    )
+    return max(1, min(_CHEAP_ROWS, round(few * (_CHEAP_ROWS - rows) / max(many - few, 1e-3 * few))))
 
 
 @torch.no_grad()

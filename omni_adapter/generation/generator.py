@@ -81,7 +81,6 @@ class Step(NamedTuple):
     finished: tuple[FinishReason | None, ...]
 
 
-_COLUMNS_READ_TWICE = 48  # of all conversations; a pass over so few takes about as long as over one
 _MOST_RESERVED = 1 << 14  # columns; longer replies take memory as they go on
 
 
@@ -308,7 +307,7 @@ class Decoder:
             self._note_text(state, grid)
             self._pass(state, self.model.embed(grid, places=places, heard=heard))
             return
-        if len(grid) * grid.shape[-1] > _COLUMNS_READ_TWICE:
+        if len(grid) * grid.shape[-1] > self.model.backbone.cheap_columns:
             self.read(state, grid[..., :-1], places=places, heard=heard)
             grid, places, heard = grid[..., -1:], (), ()
         count = len(grid)

@@ -217,8 +217,8 @@ class TrainSettings:
         stage: row of the table of stages: align, adapt, finetune, anneal.
         out: run folder.
         seed: of new weights, order of data and dropout.
-        precision: type of the arithmetic; weights keep theirs. ``auto`` is bf16 where the machine multiplies it
-            natively, else fp32.
+        precision: type of the arithmetic; weights keep theirs. ``auto`` is bf16 where the machine multiplies
+            it natively, else fp32.
         threads: threads of each process on the CPU; None leaves it to torch. Other threads, other bits.
         model: what is trained.
         data: what is learned from.

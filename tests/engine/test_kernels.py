@@ -6,8 +6,16 @@ import torch.nn.functional as F
 
 from omni_adapter import compiling
 from omni_adapter.arithmetic import processor_capabilities
-from omni_adapter.engine import kernels, products
-from omni_adapter.engine.kernels import KERNELS, Kernel, RowwiseInt8, allowed, quantise_rows, why_not
+from omni_adapter.engine import kernels, products, selection
+from omni_adapter.engine.kernels import (
+    KERNELS,
+    Kernel,
+    PlainFloat32,
+    RowwiseInt8,
+    allowed,
+    quantise_rows,
+    why_not,
+)
 from omni_adapter.engine.selection import Selection, Shape
 from omni_adapter.errors import ConfigError
 
@@ -256,6 +264,14 @@ def test_siblings_are_fused_where_that_pays():
 def test_real_measurement_gives_a_kernel_of_the_precision():
     selection = Selection("fp32", budget_s=0.5)
     assert selection.kernel(BIG).precision == "fp32"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "rows"), [({2: 1.0, 48: 1.0}, 48), ({2: 1.0, 48: 11.0}, 5), ({2: 1.0, 48: 99.0}, 1)]
+)
+def test_rows_are_as_cheap_as_they_are_measured(monkeypatch, seconds, rows):
+    monkeypatch.setattr(selection, "_least_seconds", lambda kernels, x: seconds[len(x)])
+    assert selection.cheap_rows([PlainFloat32(torch.randn(4, 8), None)], 8, rows=2) == rows
 
 
 def test_unknown_kernels_are_refused():

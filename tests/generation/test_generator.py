@@ -7,7 +7,6 @@ import torch
 from omni_adapter.data.collator import collate
 from omni_adapter.data.layout import get_task
 from omni_adapter.errors import ConfigError, ContextOverflowError, PromptError
-from omni_adapter.generation import generator
 from omni_adapter.generation.generator import Decoder, GenerationSettings
 from omni_adapter.generation.sampling import CodeAutomaton, SamplingSettings
 from omni_adapter.vocab import NO_TEXT
@@ -74,7 +73,7 @@ def slow_batch_parallel(talker, sample, steps: int) -> list[list[int]]:
 
 @pytest.mark.parametrize("columns", [0, 1 << 10])
 def test_few_columns_may_be_read_for_both_rows(talker, question, columns, monkeypatch):
-    monkeypatch.setattr(generator, "_COLUMNS_READ_TWICE", columns)
+    monkeypatch.setattr(talker.model.backbone, "cheap_columns", columns)
     sample = heard(talker, question, "speech_to_speech")
     read = []
     forward = talker.model.backbone.forward
