@@ -24,7 +24,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"errors"}),
     frozenset({"vocab"}),
     frozenset({"config"}),
-    frozenset({"tensor_files", "model_card", "step_buffer", "compiling"}),
+    frozenset({"tensor_files", "model_card", "step_buffer", "compiling", "arithmetic"}),
     frozenset({"audio"}),
     frozenset({"modules", "backbone"}),
     frozenset({"model", "data"}),

@@ -83,8 +83,8 @@ class Runner(nn.Module):
         position_offset: position id that means the first position to the LM.
         tapped_norm: the norm whose input passes return as well, if any.
         activation_dtype: type that the input embeddings come out in, None for that of their table.
-        cheap_columns: columns of prompts with which a pass takes about a step's time longer, as weights are read
-            once for all of them; up to the machine, and measured when weights are packed.
+        cheap_columns: columns of prompts with which a pass takes about a step's time longer, as weights are
+            read once for all of them; up to the machine, and measured when weights are packed.
 
     Raises:
         BackboneError: if the LM cannot be run on embeddings; the text names what it lacks.

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from omni_adapter.backbone import Backbone
+from omni_adapter.backbone.inspection import find_head
 from omni_adapter.backbone.probes import sample
 from omni_adapter.engine.kernels import Kernel
 from omni_adapter.engine.linears import PackedLinear, Siblings
@@ -253,7 +254,7 @@ class _Packer:
     def _cheap_columns(self) -> int:
         """Measured with the products that most of a pass goes into; what it was where none is packed."""
         backbone = self.model.backbone
-        head = backbone.lm.get_output_embeddings()
+        head = find_head(backbone.lm)
         shapes: dict[tuple[int, int], list[Kernel]] = {}
         for layer in backbone.lm.modules():
             if isinstance(layer, PackedLinear) and layer.kernel is not None and layer is not head:
