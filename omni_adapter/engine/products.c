@@ -27,6 +27,7 @@ static int omp_get_thread_num(void) { return 0; }
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
+#define APART static __attribute__((noinline)) /* so that registers are dealt out for it alone */
 
 enum {
     OUTPUTS = 16, /* of a tile */
@@ -82,6 +83,7 @@ INLINE long tiles_of_output(const Weight *weight, Kind kind) { return tiles_of(w
 
 #if defined(__AVX2__) && !defined(__AVXVNNI__) && !(defined(__AVX512VNNI__) && defined(__AVX512BW__))
 #define MULTIPLIES_16_BITS
+#define PAIRS /* of 16 outputs for one or two rows; registers are few, and rows have one sum an output */
 enum { ROW_BYTES = 2 }; /* that a number of a row in 8 bits takes */
 #else
 enum { ROW_BYTES = 1 };
@@ -216,47 +218,54 @@ INLINE void store_sums(int32_t *out, Sums sums) { memcpy(out, &sums, sizeof sums
 #endif
 
 #ifdef MULTIPLIES_16_BITS
-/* `count` rows with 16 outputs in 8 bits: in pairs of 16 bits, as sums of products of bytes would be cut off there. */
-INLINE void few_int8(const Weight *weight, const Rows *rows, long first, int count, long block, float *out)
+/* `count` rows with 16 outputs, or 32 as a pair, in 8 bits: in pairs of 16 bits, as sums of products of bytes would be
+ * cut off there. */
+INLINE void few_int8(const Weight *weight, const Rows *rows, long first, int count, long block, int pair, float *out)
 {
-    long groups = tiles_of_output(weight, INT8) * GROUPS;
-    const uint8_t *read = weight->weight + block * groups * 64;
+    long groups = tiles_of_output(weight, INT8) * GROUPS, size = groups * 64;
+    const uint8_t *read = weight->weight + block * size;
     const char *values = rows->values + first * rows->bytes;
-    __m256i sums[INT8_ROWS][2];
-    for (int row = 0; row < count; row++)
-        sums[row][0] = sums[row][1] = _mm256_setzero_si256();
-    for (long group = 0; group < groups; group++, read += 64, values += 8) {
-        __builtin_prefetch(read + AHEAD, 0, 2);
-        __m256i even[2], odd[2];
+    __m256i sums[2][INT8_ROWS][2];
+    for (int block_of = 0; block_of <= pair; block_of++)
+        for (int row = 0; row < count; row++)
+            sums[block_of][row][0] = sums[block_of][row][1] = _mm256_setzero_si256();
+    for (long group = 0; group < groups; group++, read += 64, values += 8)
 #pragma GCC unroll 2
-        for (int half = 0; half < 2; half++) {
-            __m256i bytes = _mm256_loadu_si256((const __m256i *)(read + 32 * half));
-            even[half] = _mm256_and_si256(bytes, _mm256_set1_epi16(255));
-            odd[half] = _mm256_srli_epi16(bytes, 8);
-        }
-#pragma GCC unroll 8
-        for (int row = 0; row < count; row++) {
-            const float *pairs = (const float *)(values + row * rows->bytes); /* whatever they are, they are copied */
-            __m256i first_pair = _mm256_castps_si256(_mm256_broadcast_ss(pairs));
-            __m256i second_pair = _mm256_castps_si256(_mm256_broadcast_ss(pairs + 1));
+        for (int block_of = 0; block_of <= pair; block_of++) {
+            const uint8_t *line = read + block_of * size;
+            __builtin_prefetch(line + AHEAD, 0, 2);
+            __m256i even[2], odd[2];
 #pragma GCC unroll 2
             for (int half = 0; half < 2; half++) {
-                __m256i both = _mm256_add_epi32(_mm256_madd_epi16(even[half], first_pair),
-                                                _mm256_madd_epi16(odd[half], second_pair));
-                sums[row][half] = _mm256_add_epi32(sums[row][half], both);
+                __m256i bytes = _mm256_loadu_si256((const __m256i *)(line + 32 * half));
+                even[half] = _mm256_and_si256(bytes, _mm256_set1_epi16(255));
+                odd[half] = _mm256_srli_epi16(bytes, 8);
+            }
+#pragma GCC unroll 8
+            for (int row = 0; row < count; row++) {
+                const float *pairs = (const float *)(values + row * rows->bytes); /* which are copied, no more */
+                __m256i first_pair = _mm256_castps_si256(_mm256_broadcast_ss(pairs));
+                __m256i second_pair = _mm256_castps_si256(_mm256_broadcast_ss(pairs + 1));
+#pragma GCC unroll 2
+                for (int half = 0; half < 2; half++) {
+                    __m256i both = _mm256_add_epi32(_mm256_madd_epi16(even[half], first_pair),
+                                                    _mm256_madd_epi16(odd[half], second_pair));
+                    sums[block_of][row][half] = _mm256_add_epi32(sums[block_of][row][half], both);
+                }
             }
         }
-    }
-    for (int row = 0; row < count; row++) {
-        int32_t whole[OUTPUTS];
-        memcpy(whole, sums[row], sizeof whole);
-        finish(weight, INT8, rows, first + row, block * OUTPUTS, whole, out);
-    }
+    for (int block_of = 0; block_of <= pair; block_of++)
+        for (int row = 0; row < count; row++) {
+            int32_t whole[OUTPUTS];
+            memcpy(whole, sums[block_of][row], sizeof whole);
+            finish(weight, INT8, rows, first + row, (block + block_of) * OUTPUTS, whole, out);
+        }
 }
 #else
 /* `count` rows in 8 bits with 16 outputs. */
-INLINE void few_int8(const Weight *weight, const Rows *rows, long first, int count, long block, float *out)
+INLINE void few_int8(const Weight *weight, const Rows *rows, long first, int count, long block, int pair, float *out)
 {
+    (void)pair;
     long tiles = tiles_of_output(weight, INT8);
     const uint8_t *read = weight->weight + block * tiles * TILE;
     const int8_t *values = (const int8_t *)(rows->values + first * rows->bytes);
@@ -288,8 +297,25 @@ typedef uint32_t Words __attribute__((vector_size(4 * LANES), aligned(4), may_al
 #define KEEP_IN_REGISTER(vector) (void)(vector)
 #endif
 
-/* `count` rows in float32 with 16 outputs in float32, or in bfloat16, which are the upper halves of numbers in
- * float32. Inputs are taken in pairs, as they lie side by side in bfloat16. */
+/* 16 outputs of an input, the first or second of a pair, as numbers in bfloat16 lie side by side: these are the upper
+ * halves of numbers in float32. */
+INLINE void load_numbers(Kind kind, const uint8_t *pair, int side, Floats numbers[VECTORS])
+{
+#pragma GCC unroll 2
+    for (int vector = 0; vector < VECTORS; vector++) {
+        const uint8_t *here = pair + 4 * LANES * vector;
+        Words both = *(const Words *)here;
+        if (kind == FP32)
+            numbers[vector] = *(const Floats *)(here + 64 * side);
+        else if (side)
+            numbers[vector] = (Floats)(both & 0xffff0000u);
+        else
+            numbers[vector] = (Floats)(both << 16);
+        KEEP_IN_REGISTER(numbers[vector]);
+    }
+}
+
+/* `count` rows in float32 with 16 outputs in float32 or in bfloat16. */
 INLINE void few_floats(const Weight *weight, Kind kind, const Rows *rows, long first, int count, long block,
                        float *out)
 {
@@ -308,18 +334,7 @@ INLINE void few_floats(const Weight *weight, Kind kind, const Rows *rows, long f
 #pragma GCC unroll 2
         for (int side = 0; side < 2; side++) {
             Floats numbers[VECTORS];
-#pragma GCC unroll 2
-            for (int vector = 0; vector < VECTORS; vector++) {
-                const uint8_t *here = read + 4 * LANES * vector;
-                Words pair = *(const Words *)here;
-                if (kind == FP32)
-                    numbers[vector] = *(const Floats *)(here + 64 * side);
-                else if (side)
-                    numbers[vector] = (Floats)(pair & 0xffff0000u);
-                else
-                    numbers[vector] = (Floats)(pair << 16);
-                KEEP_IN_REGISTER(numbers[vector]);
-            }
+            load_numbers(kind, read, side, numbers);
 #pragma GCC unroll 8
             for (int row = 0; row < count; row++)
 #pragma GCC unroll 2
@@ -338,33 +353,115 @@ INLINE void few_floats(const Weight *weight, Kind kind, const Rows *rows, long f
     }
 }
 
-INLINE void few(const Weight *weight, Kind kind, const Rows *rows, long first, int count, long block,
-                float *out)
+INLINE long rows_at_once(Kind kind) { return kind == INT8 ? INT8_ROWS : ROWS; }
+
+/* Compiled once for each number of rows. */
+INLINE void some_floats(const Weight *weight, Kind kind, const Rows *rows, long first, long count, long block,
+                        float *out)
 {
-    switch (kind) { /* compiled once for each kind, for no more rows than there are at once */
-    case INT8: few_int8(weight, rows, first, count < INT8_ROWS ? count : INT8_ROWS, block, out); break;
-    case BF16: few_floats(weight, BF16, rows, first, count, block, out); break;
-    default: few_floats(weight, FP32, rows, first, count, block, out);
+    switch (count) {
+    case 1: few_floats(weight, kind, rows, first, 1, block, out); break;
+    case 2: few_floats(weight, kind, rows, first, 2, block, out); break;
+    case 3: few_floats(weight, kind, rows, first, 3, block, out); break;
+    case 4: few_floats(weight, kind, rows, first, 4, block, out); break;
+    case 5: few_floats(weight, kind, rows, first, 5, block, out); break;
+    case 6: few_floats(weight, kind, rows, first, 6, block, out); break;
+#ifdef __AVX512F__
+    case 7: few_floats(weight, kind, rows, first, 7, block, out); break;
+    default: few_floats(weight, kind, rows, first, 8, block, out);
+#endif
     }
 }
 
-INLINE long rows_at_once(Kind kind) { return kind == INT8 ? INT8_ROWS : ROWS; }
+APART void some_fp32(const Weight *weight, const Rows *rows, long first, long count, long block, float *out)
+{
+    some_floats(weight, FP32, rows, first, count, block, out);
+}
 
-INLINE void some(const Weight *weight, Kind kind, const Rows *rows, long first, long count, long block,
-                 float *out)
+APART void some_bf16(const Weight *weight, const Rows *rows, long first, long count, long block, float *out)
+{
+    some_floats(weight, BF16, rows, first, count, block, out);
+}
+
+APART void some_int8(const Weight *weight, const Rows *rows, long first, long count, long block, float *out)
 {
     switch (count) {
-    case 1: few(weight, kind, rows, first, 1, block, out); break;
-    case 2: few(weight, kind, rows, first, 2, block, out); break;
-    case 3: few(weight, kind, rows, first, 3, block, out); break;
-    case 4: few(weight, kind, rows, first, 4, block, out); break;
-    case 5: few(weight, kind, rows, first, 5, block, out); break;
-    case 6: few(weight, kind, rows, first, 6, block, out); break;
+    case 1: few_int8(weight, rows, first, 1, block, 0, out); break;
+    case 2: few_int8(weight, rows, first, 2, block, 0, out); break;
+    case 3: few_int8(weight, rows, first, 3, block, 0, out); break;
+    case 4: few_int8(weight, rows, first, 4, block, 0, out); break;
 #ifdef __AVX512F__
-    case 7: few(weight, kind, rows, first, 7, block, out); break;
-    default: few(weight, kind, rows, first, 8, block, out);
+    case 5: few_int8(weight, rows, first, 5, block, 0, out); break;
+    case 6: few_int8(weight, rows, first, 6, block, 0, out); break;
+    case 7: few_int8(weight, rows, first, 7, block, 0, out); break;
+    default: few_int8(weight, rows, first, 8, block, 0, out);
 #endif
     }
+}
+
+INLINE void some(const Weight *weight, Kind kind, const Rows *rows, long first, long count, long block, float *out)
+{
+    switch (kind) {
+    case INT8: some_int8(weight, rows, first, count, block, out); break;
+    case BF16: some_bf16(weight, rows, first, count, block, out); break;
+    default: some_fp32(weight, rows, first, count, block, out);
+    }
+}
+
+#ifdef PAIRS
+/* `count` rows with 32 outputs: each sum is that of 16, and twice as many of them go on while one waits. */
+INLINE void pair_of_floats(const Weight *weight, Kind kind, const Rows *rows, int count, long block, float *out)
+{
+    long size = tiles_of_output(weight, kind) * TILE, step = kind == BF16 ? 64 : 128;
+    const uint8_t *read = weight->weight + block * size, *end = read + size;
+    const float *values = (const float *)rows->values;
+    long stride = rows->bytes / 4;
+    Floats sums[2][2][VECTORS] = {0};
+    for (; read < end; read += step, values += 2)
+#pragma GCC unroll 2
+        for (int place = 0; place < 2; place++) {
+            const uint8_t *here = read + place * size;
+            for (int line = 0; line < step; line += 64)
+                __builtin_prefetch(here + AHEAD + line, 0, 2);
+#pragma GCC unroll 2
+            for (int side = 0; side < 2; side++) {
+                Floats numbers[VECTORS];
+                load_numbers(kind, here, side, numbers);
+#pragma GCC unroll 2
+                for (int row = 0; row < count; row++)
+#pragma GCC unroll 2
+                    for (int vector = 0; vector < VECTORS; vector++)
+                        sums[place][row][vector] += numbers[vector] * values[row * stride + side];
+            }
+        }
+    for (int place = 0; place < 2; place++)
+        for (int row = 0; row < count; row++)
+            finish(weight, kind, rows, row, (block + place) * OUTPUTS, sums[place][row], out);
+}
+
+INLINE void pair(const Weight *weight, Kind kind, const Rows *rows, int count, long block, float *out)
+{
+    switch (kind) {
+    case INT8: few_int8(weight, rows, 0, count, block, 1, out); break;
+    case BF16: pair_of_floats(weight, BF16, rows, count, block, out); break;
+    default: pair_of_floats(weight, FP32, rows, count, block, out);
+    }
+}
+#endif
+
+/* One or two rows with as many outputs as go by pairs; returns the first block of the rest. */
+APART long in_pairs(const Weight *weight, Kind kind, const Rows *rows, long count, long first, long last, float *out)
+{
+#ifdef PAIRS
+    for (; count <= 2 && first + 1 < last; first += 2)
+        if (count == 1)
+            pair(weight, kind, rows, 1, first, out);
+        else
+            pair(weight, kind, rows, 2, first, out);
+#else
+    (void)weight, (void)kind, (void)rows, (void)count, (void)last, (void)out;
+#endif
+    return first;
 }
 
 /* ---- matrix units: 32 rows and 32 outputs at once ---- */
@@ -476,7 +573,7 @@ INLINE void multiply(const Weight *weight, Kind kind, const Rows *rows, long cou
         return;
     }
 #endif
-    for (long block = first; block < last; block++)
+    for (long block = in_pairs(weight, kind, rows, count, first, last, out); block < last; block++)
         for (long row = 0; row < count; row += rows_at_once(kind))
             some(weight, kind, rows, row, least(count - row, rows_at_once(kind)), block, out);
 }
