@@ -46,7 +46,7 @@ def test_it_answers_written_questions(talker: OmniAdapter) -> None:
     conversations = [[{"role": "user", "content": record.question}] for record in questions]
     replies = talker.chat_many(conversations, speak=False, max_new_tokens=40)
     right = sum(reply.text == record.answer for reply, record in zip(replies, questions, strict=True))
-    assert right >= 37
+    assert right >= 38
 
 
 @needs_voices
@@ -61,5 +61,5 @@ def test_it_answers_spoken_questions_aloud(talker: OmniAdapter) -> None:
         assert reply.finish_reason == "end"
         heard.append(reply.text == record.answer)
         said.append(ears.transcribe(reply.audio, reply.sampling_rate))
-    assert sum(heard) >= 7
-    assert judge.word_error_rate([record.answer for record in questions], said) <= 0.4
+    assert sum(heard) >= 8
+    assert judge.word_error_rate([record.answer for record in questions], said) <= 0.3
