@@ -83,7 +83,9 @@ INLINE long tiles_of_output(const Weight *weight, Kind kind) { return tiles_of(w
 
 #if defined(__AVX2__) && !defined(__AVXVNNI__) && !(defined(__AVX512VNNI__) && defined(__AVX512BW__))
 #define MULTIPLIES_16_BITS
-#define PAIRS /* of 16 outputs for one or two rows; registers are few, and rows have one sum an output */
+#ifndef __AVX512F__
+#define PAIRS /* of 16 outputs for one or two rows, where these have a single sum an output (SIDES) */
+#endif
 enum { ROW_BYTES = 2 }; /* that a number of a row in 8 bits takes */
 #else
 enum { ROW_BYTES = 1 };
@@ -277,7 +279,7 @@ INLINE void few_int8(const Weight *weight, const Rows *rows, long first, int cou
             __builtin_prefetch(read + AHEAD + 64 * turn, 0, 2);
             for (int row = 0; row < count; row++)
                 sums[row][turn & 1] = dot4(sums[row][turn & 1], read + 64 * turn,
-                                           values + row * rows->bytes + 4 * ROW_BYTES * (group + turn));
+                                           values + row * rows->bytes + 4 * (group + turn));
         }
     for (int row = 0; row < count; row++) {
         int32_t whole[OUTPUTS];
