@@ -21,6 +21,11 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     return bool(tell and tell())
 
 
+def has_vectors_of_64_bytes() -> bool:
+    """Whether the processor's vectors hold 16 numbers in float32."""
+    return bool(processor_capabilities().get("avx512_f"))
+
+
 def processor_capabilities() -> Mapping[str, Any]:
     """What torch says that the processor can do, by name; empty where it does not tell."""
     tell = getattr(torch.cpu, "get_capabilities", None)

@@ -23,10 +23,14 @@ import torch
 from snac.layers import DecoderBlock, NoiseBlock, ResidualUnit, Snake1d
 from torch import Tensor, nn
 
+from omni_adapter.arithmetic import has_vectors_of_64_bytes
 from omni_adapter.audio.snake import SnakeCalls, snake_calls
 from omni_adapter.errors import CodeGridError, ConfigError
+from omni_adapter.products import TiledWeight, can_tile
 
 CodecPrecision = Literal["fp32", "bf16"]
+
+_PIECE_OUTPUTS = 1 << 10  # of a weight that are laid out at once
 
 
 @dataclass
@@ -333,8 +337,33 @@ class _RoundedMatrix:
             total += product if factor is None else product * factor[:, None]
 
 
+class _TiledMatrix(_Matrix):
+    """A product in float32 by the compiled calls: a row's does not depend on what stands beside it."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        super().__init__(weight, bias)
+        inputs, outputs = weight.shape
+        self._tiles = TiledWeight(outputs, inputs, dtype=weight.dtype, scale=None, bias=bias)
+        for start in range(0, outputs, _PIECE_OUTPUTS):
+            self._tiles.fill(start, weight[:, start : start + _PIECE_OUTPUTS].t().contiguous())
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        return self._tiles(rows)
+
+
 def _product(weight: Tensor, bias: Tensor | None = None, *, precision: CodecPrecision) -> _Product:
     return _Matrix(weight, bias) if precision == "fp32" else _RoundedMatrix(weight, bias)
+
+
+def _spreading(weight: Tensor, bias: Tensor | None = None, *, precision: CodecPrecision = "fp32") -> _Product:
+    """A product that makes many numbers of few, which libraries made for square ones are slow at.
+
+    Where vectors have 64 bytes they are quick enough.
+    """
+    is_plain = weight.device.type == "cpu" and weight.dtype == torch.float32
+    if precision == "fp32" and is_plain and not has_vectors_of_64_bytes() and can_tile():
+        return _TiledMatrix(weight, bias)
+    return _product(weight, bias, precision=precision)
 
 
 class _Convolution:
@@ -356,9 +385,9 @@ class _Convolution:
         self.padding, self.dilation = int(conv.padding[0]), int(conv.dilation[0])
         self.reach, self.groups = reach(conv), conv.groups
         self.out_channels = conv.out_channels
-        self._matrix: _Matrix | None = None
+        self._matrix: _Product | None = None
         if self.reach == 0 and self.groups == 1:
-            self._matrix = _Matrix(weight[:, :, 0].t(), self.bias)
+            self._matrix = _spreading(weight[:, :, 0].t(), self.bias)
         self._weight = weight.unsqueeze(2).contiguous(memory_format=torch.channels_last)
         self._places: Tensor | None = None  # of a channel by itself, [places, C]
         self._calls = _calls_for(weight)
@@ -433,7 +462,7 @@ class _Upsample:
         self._dtype = conv.weight.dtype  # of the outputs; inputs may be rounded
         # [I, 2 * stride * O]: a view where the weight is laid out by `lay_out`
         weight = conv.weight.detach().permute(0, 2, 1).reshape(conv.in_channels, -1)
-        self._product = _product(weight, precision=precision)
+        self._product = _spreading(weight, precision=precision)
 
     def __call__(self, x: Tensor, step: _Step, *, room: int) -> tuple[Tensor, int]:
         """Return the outputs in a buffer [rows, B, C] with ``room`` before them, and where they begin."""

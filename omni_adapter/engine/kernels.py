@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from omni_adapter.engine.products import TiledWeight
+from omni_adapter.products import TiledWeight
 
 _FEW_ROWS = 3  # up to here the product that reads rows of a plain weight one by one is the quicker one
 _PIECE_ROWS = 1 << 10  # rows of a weight that are converted at once

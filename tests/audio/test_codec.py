@@ -8,10 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from omni_adapter.audio import snac_decoder
 from omni_adapter.audio.codec import CodecStream, SnacCodec, levels_from_rows, rows_from_levels
 from omni_adapter.audio.snac_decoder import DecoderState, can_join, can_round, join_states, select_states
 from omni_adapter.config import CodecSpec
 from omni_adapter.errors import AudioError, CheckpointError, CodeGridError, ConfigError
+from omni_adapter.products import can_tile
 
 PAPER_SPEC = CodecSpec(sampling_rate=24000, hop_length=512, level_strides=(4, 2, 1), codebook_size=4096)
 # The strides of the published 24 kHz model, so its receptive field; widths and codebooks are small.
@@ -282,6 +284,22 @@ def test_rounded_products_have_a_bounded_error():
     assert torch.equal(codec.decode(codes), exact)
     with pytest.raises(ConfigError, match="one of fp32, bf16, got 'int3'"):
         codec.pack("int3")
+
+
+@pytest.mark.skipif(not can_tile(), reason="no C compiler here")
+def test_tiles_decode_as_plain_weights_do(monkeypatch):
+    codec = lively(SnacCodec.from_model(snac_model()))
+    codes = random_codes(codec, 8, batch=2)
+    decoded = {}
+    for has_wide_vectors in (True, False):
+        monkeypatch.setattr(snac_decoder, "has_vectors_of_64_bytes", lambda has=has_wide_vectors: has)
+        codec.pack("fp32")
+        decoded[has_wide_vectors] = codec.decode(codes)
+    assert 100 < signal_to_error(decoded[False], decoded[True])
+    assert torch.equal(torch.cat(streamed(codec, codes[1], chunk=3)), codec.decode(codes[1:])[0])
+    monkeypatch.setattr(snac_decoder, "can_tile", lambda: False)
+    codec.pack("fp32")
+    assert torch.equal(codec.decode(codes), decoded[True]), "a machine without a compiler"
 
 
 def test_changed_weights_are_heard():

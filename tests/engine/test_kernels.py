@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from omni_adapter import compiling
+from omni_adapter import compiling, products
 from omni_adapter.arithmetic import processor_capabilities
-from omni_adapter.engine import kernels, products, selection
+from omni_adapter.engine import kernels, selection
 from omni_adapter.engine.kernels import (
     KERNELS,
     Kernel,

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from omni_adapter.arena import Place
 from omni_adapter.compiling import Signature, compiled, declared, why_not
-from omni_adapter.engine.arena import Place
 
 SOURCE = Path(__file__).with_name("products.c")
 TILE_OUTPUTS = 16
@@ -110,6 +110,11 @@ class TiledWeight:
         if self._multiply(self._address, x.data_ptr(), x.numel() // self.inputs, out.data_ptr()):
             raise MemoryError(f"no memory for a product of rows {list(x.shape)}")
         return out
+
+
+def can_tile() -> bool:
+    """Whether the calls can be compiled here."""
+    return _library() is not None
 
 
 @cache

@@ -9,8 +9,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from omni_adapter.engine import arena
-from omni_adapter.engine.arena import Place
+from omni_adapter import arena
+from omni_adapter.arena import Place
 
 
 @pytest.fixture(autouse=True)
