@@ -64,13 +64,19 @@ typedef struct {
     long outputs, inputs;
 } Weight;
 
-/* Rows as they are multiplied, `bytes` apart and filled up with zeros: in 8 bits, or those in 16 where these are
- * multiplied, in bfloat16 for matrix units, or in float32. Those in 8 bits have a scale, and MIDDLE times the sum
- * of their bytes. */
+/* Four numbers of a row in 8 bits that are multiplied once more, see `split`. */
+typedef struct {
+    int32_t group;
+    int8_t values[4];
+} Rest;
+
+/* Rows as they are multiplied, `bytes` apart and filled up with zeros: in 8 bits, in bfloat16 for matrix units, or in
+ * float32. Those in 8 bits have a scale, MIDDLE times the sum of their bytes, and some groups with a rest. */
 typedef struct {
     char *values;
     float *scale;
-    int32_t *surplus;
+    int32_t *surplus, *rests;
+    Rest *rest; /* room for every group of a row */
     long bytes;
 } Rows;
 
@@ -82,13 +88,33 @@ INLINE long tiles_of_output(const Weight *weight, Kind kind) { return tiles_of(w
 /* ---- rows ---- */
 
 #if defined(__AVX2__) && !defined(__AVXVNNI__) && !(defined(__AVX512VNNI__) && defined(__AVX512BW__))
-#define MULTIPLIES_16_BITS
-#ifndef __AVX512F__
-#define PAIRS /* of 16 outputs for one or two rows, where these have a single sum an output (SIDES) */
-#endif
-enum { ROW_BYTES = 2 }; /* that a number of a row in 8 bits takes */
-#else
-enum { ROW_BYTES = 1 };
+#define SPLITS
+enum { MOST_OF_TWO = 128 }; /* that two neighbours may add up to: 255 * 128 < 2^15 */
+
+/* Products of bytes are added up by twos in 16 bits. Where two neighbours are too large for that, half of their group
+ * stays, and the other half is multiplied later, so that all sums are exact. */
+static void split(int8_t *values, long bytes, int32_t *count, Rest *rest)
+{
+    long found = 0;
+    for (long i = 0; i < bytes; i += 32) {
+        __m256i twos = _mm256_maddubs_epi16(_mm256_set1_epi8(1), _mm256_loadu_si256((const __m256i *)(values + i)));
+        __m256i over = _mm256_cmpgt_epi16(_mm256_abs_epi16(twos), _mm256_set1_epi16(MOST_OF_TWO));
+        uint32_t large = (uint32_t)_mm256_movemask_epi8(over);
+        while (large) {
+            int group = __builtin_ctz(large) / 4;
+            large &= ~(15u << 4 * group);
+            int8_t *four = values + i + 4 * group;
+            rest[found].group = (int32_t)(i / 4 + group);
+            for (int place = 0; place < 4; place++) {
+                int8_t half = (int8_t)(four[place] / 2);
+                rest[found].values[place] = (int8_t)(four[place] - half);
+                four[place] = half;
+            }
+            found++;
+        }
+    }
+    *count = (int32_t)found;
+}
 #endif
 
 static void quantise(const float *x, long inputs, const Rows *rows, long row)
@@ -111,16 +137,8 @@ static void quantise(const float *x, long inputs, const Rows *rows, long row)
         sum += whole;
     }
     memset(values + inputs, 0, (size_t)(rows->bytes - inputs));
-#ifdef MULTIPLIES_16_BITS
-    /* The first and third of four, then the second and fourth, as weights come apart. */
-    int16_t *wide = (int16_t *)values;
-    for (long i = rows->bytes / 2 - 4; i >= 0; i -= 4) {
-        int8_t a = values[i], b = values[i + 1], c = values[i + 2], d = values[i + 3];
-        wide[i] = a;
-        wide[i + 1] = c;
-        wide[i + 2] = b;
-        wide[i + 3] = d;
-    }
+#ifdef SPLITS
+    split(values, rows->bytes, rows->rests + row, rows->rest + row * (rows->bytes / 4));
 #endif
     rows->scale[row] = broken == 0 ? most / (float)LIMIT : NAN;
     rows->surplus[row] = MIDDLE * sum;
@@ -170,134 +188,128 @@ INLINE void finish(const Weight *weight, Kind kind, const Rows *rows, long row, 
 
 /* ---- few rows: vectors of 16 sums ---- */
 
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
-typedef __m512i Sums;
-INLINE Sums no_sums(void) { return _mm512_setzero_si512(); }
-INLINE Sums add_sums(Sums a, Sums b) { return _mm512_add_epi32(a, b); }
-INLINE Sums dot4(Sums sums, const uint8_t *weight, const int8_t *x)
-{
-    int32_t four;
-    memcpy(&four, x, 4);
-    return _mm512_dpbusd_epi32(sums, _mm512_loadu_si512(weight), _mm512_set1_epi32(four));
-}
-INLINE void store_sums(int32_t *out, Sums sums) { _mm512_storeu_si512(out, sums); }
-#elif defined(__AVXVNNI__)
-typedef struct { __m256i half[2]; } Sums;
-INLINE Sums no_sums(void) { return (Sums){{_mm256_setzero_si256(), _mm256_setzero_si256()}}; }
-INLINE Sums add_sums(Sums a, Sums b)
-{
-    for (int h = 0; h < 2; h++)
-        a.half[h] = _mm256_add_epi32(a.half[h], b.half[h]);
-    return a;
-}
-INLINE Sums dot4(Sums sums, const uint8_t *weight, const int8_t *x)
-{
-    int32_t four;
-    memcpy(&four, x, 4);
-    for (int h = 0; h < 2; h++)
-        sums.half[h] = _mm256_dpbusd_avx_epi32(
-            sums.half[h], _mm256_loadu_si256((const __m256i *)(weight + 32 * h)), _mm256_set1_epi32(four));
-    return sums;
-}
-INLINE void store_sums(int32_t *out, Sums sums) { memcpy(out, &sums, sizeof sums); }
-#elif !defined(MULTIPLIES_16_BITS)
-typedef struct { int32_t sum[OUTPUTS]; } Sums;
-INLINE Sums no_sums(void) { return (Sums){{0}}; }
-INLINE Sums add_sums(Sums a, Sums b)
-{
-    for (int i = 0; i < OUTPUTS; i++)
-        a.sum[i] += b.sum[i];
-    return a;
-}
-INLINE Sums dot4(Sums sums, const uint8_t *weight, const int8_t *x)
-{
-    for (int i = 0; i < OUTPUTS; i++)
-        sums.sum[i] += (weight[4 * i] * x[0] + weight[4 * i + 1] * x[1]) +
-                       (weight[4 * i + 2] * x[2] + weight[4 * i + 3] * x[3]);
-    return sums;
-}
-INLINE void store_sums(int32_t *out, Sums sums) { memcpy(out, &sums, sizeof sums); }
-#endif
-
-#ifdef MULTIPLIES_16_BITS
-/* `count` rows with 16 outputs, or 32 as a pair, in 8 bits: in pairs of 16 bits, as sums of products of bytes would be
- * cut off there. */
-INLINE void few_int8(const Weight *weight, const Rows *rows, long first, int count, long block, int pair, float *out)
-{
-    long groups = tiles_of_output(weight, INT8) * GROUPS, size = groups * 64;
-    const uint8_t *read = weight->weight + block * size;
-    const char *values = rows->values + first * rows->bytes;
-    __m256i sums[2][INT8_ROWS][2];
-    for (int block_of = 0; block_of <= pair; block_of++)
-        for (int row = 0; row < count; row++)
-            sums[block_of][row][0] = sums[block_of][row][1] = _mm256_setzero_si256();
-    for (long group = 0; group < groups; group++, read += 64, values += 8)
-#pragma GCC unroll 2
-        for (int block_of = 0; block_of <= pair; block_of++) {
-            const uint8_t *line = read + block_of * size;
-            __builtin_prefetch(line + AHEAD, 0, 2);
-            __m256i even[2], odd[2];
-#pragma GCC unroll 2
-            for (int half = 0; half < 2; half++) {
-                __m256i bytes = _mm256_loadu_si256((const __m256i *)(line + 32 * half));
-                even[half] = _mm256_and_si256(bytes, _mm256_set1_epi16(255));
-                odd[half] = _mm256_srli_epi16(bytes, 8);
-            }
-#pragma GCC unroll 8
-            for (int row = 0; row < count; row++) {
-                const float *pairs = (const float *)(values + row * rows->bytes); /* which are copied, no more */
-                __m256i first_pair = _mm256_castps_si256(_mm256_broadcast_ss(pairs));
-                __m256i second_pair = _mm256_castps_si256(_mm256_broadcast_ss(pairs + 1));
-#pragma GCC unroll 2
-                for (int half = 0; half < 2; half++) {
-                    __m256i both = _mm256_add_epi32(_mm256_madd_epi16(even[half], first_pair),
-                                                    _mm256_madd_epi16(odd[half], second_pair));
-                    sums[block_of][row][half] = _mm256_add_epi32(sums[block_of][row][half], both);
-                }
-            }
-        }
-    for (int block_of = 0; block_of <= pair; block_of++)
-        for (int row = 0; row < count; row++) {
-            int32_t whole[OUTPUTS];
-            memcpy(whole, sums[block_of][row], sizeof whole);
-            finish(weight, INT8, rows, first + row, (block + block_of) * OUTPUTS, whole, out);
-        }
-}
-#else
-/* `count` rows in 8 bits with 16 outputs. */
-INLINE void few_int8(const Weight *weight, const Rows *rows, long first, int count, long block, int pair, float *out)
-{
-    (void)pair;
-    long tiles = tiles_of_output(weight, INT8);
-    const uint8_t *read = weight->weight + block * tiles * TILE;
-    const int8_t *values = (const int8_t *)(rows->values + first * rows->bytes);
-    Sums sums[INT8_ROWS][2];
-    for (int row = 0; row < count; row++)
-        sums[row][0] = sums[row][1] = no_sums();
-    for (long group = 0; group < tiles * GROUPS; group += 4, read += 256)
-        for (int turn = 0; turn < 4; turn++) {
-            __builtin_prefetch(read + AHEAD + 64 * turn, 0, 2);
-            for (int row = 0; row < count; row++)
-                sums[row][turn & 1] = dot4(sums[row][turn & 1], read + 64 * turn,
-                                           values + row * rows->bytes + 4 * (group + turn));
-        }
-    for (int row = 0; row < count; row++) {
-        int32_t whole[OUTPUTS];
-        store_sums(whole, add_sums(sums[row][0], sums[row][1]));
-        finish(weight, INT8, rows, first + row, block * OUTPUTS, whole, out);
-    }
-}
-#endif
-
-typedef float Floats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef uint32_t Words __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-
 /* Compilers would read it from memory again for each row. */
 #if defined(__AVX2__) && !defined(__AVX512F__)
 #define KEEP_IN_REGISTER(vector) __asm__("" : "+x"(vector))
 #else
 #define KEEP_IN_REGISTER(vector) (void)(vector)
 #endif
+
+/* Sums are of whole numbers, for 16 outputs; `dot4` adds products of 4 bytes of each with those of a row. */
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
+enum { PARTS = 1 };
+typedef __m512i Whole;
+INLINE Whole no_sums(void) { return _mm512_setzero_si512(); }
+INLINE Whole add_sums(Whole a, Whole b) { return _mm512_add_epi32(a, b); }
+INLINE Whole load_bytes(const uint8_t *weight) { return _mm512_loadu_si512(weight); }
+INLINE Whole spread(const int8_t *x)
+{
+    int32_t four;
+    memcpy(&four, x, 4);
+    return _mm512_set1_epi32(four);
+}
+INLINE Whole dot4(Whole sums, Whole weight, Whole x) { return _mm512_dpbusd_epi32(sums, weight, x); }
+#elif defined(__AVX2__)
+enum { PARTS = 2 };
+typedef __m256i Whole;
+INLINE Whole no_sums(void) { return _mm256_setzero_si256(); }
+INLINE Whole add_sums(Whole a, Whole b) { return _mm256_add_epi32(a, b); }
+INLINE Whole load_bytes(const uint8_t *weight) { return _mm256_loadu_si256((const __m256i *)weight); }
+INLINE Whole spread(const int8_t *x) { return _mm256_castps_si256(_mm256_broadcast_ss((const float *)x)); }
+INLINE Whole dot4(Whole sums, Whole weight, Whole x)
+{
+#ifdef __AVXVNNI__
+    return _mm256_dpbusd_avx_epi32(sums, weight, x);
+#else
+    Whole twos = _mm256_maddubs_epi16(weight, x);
+    return _mm256_add_epi32(sums, _mm256_madd_epi16(twos, _mm256_set1_epi16(1)));
+#endif
+}
+#else
+enum { PARTS = 16 };
+typedef int32_t Whole;
+INLINE Whole no_sums(void) { return 0; }
+INLINE Whole add_sums(Whole a, Whole b) { return a + b; }
+INLINE Whole load_bytes(const uint8_t *weight)
+{
+    Whole four;
+    memcpy(&four, weight, 4);
+    return four;
+}
+INLINE Whole spread(const int8_t *x) { return load_bytes((const uint8_t *)x); }
+INLINE Whole dot4(Whole sums, Whole weight, Whole x)
+{
+    for (int place = 0; place < 32; place += 8)
+        sums += (uint8_t)(weight >> place) * (int8_t)(x >> place);
+    return sums;
+}
+#endif
+
+/* `count` rows in 8 bits with 16 outputs, or 32 as a pair. */
+INLINE void few_int8(const Weight *weight, const Rows *rows, long first, int count, long block, int pair, float *out)
+{
+    long groups = tiles_of_output(weight, INT8) * GROUPS, size = groups * 64;
+    const uint8_t *read = weight->weight + block * size;
+    const int8_t *values = (const int8_t *)(rows->values + first * rows->bytes);
+    Whole sums[2][INT8_ROWS][SIDES][PARTS];
+#pragma GCC unroll 2
+    for (int place = 0; place <= pair; place++)
+#pragma GCC unroll 8
+        for (int row = 0; row < count; row++)
+#pragma GCC unroll 2
+            for (int side = 0; side < SIDES; side++)
+#pragma GCC unroll 2
+                for (int part = 0; part < PARTS; part++)
+                    sums[place][row][side][part] = no_sums();
+    for (long group = 0; group < groups; group += SIDES)
+#pragma GCC unroll 2
+        for (int side = 0; side < SIDES; side++)
+#pragma GCC unroll 2
+            for (int place = 0; place <= pair; place++) {
+                const uint8_t *line = read + place * size + 64 * (group + side);
+                __builtin_prefetch(line + AHEAD, 0, 2);
+                Whole bytes[PARTS];
+#pragma GCC unroll 2
+                for (int part = 0; part < PARTS; part++) {
+                    bytes[part] = load_bytes(line + 64 / PARTS * part);
+                    KEEP_IN_REGISTER(bytes[part]);
+                }
+#pragma GCC unroll 8
+                for (int row = 0; row < count; row++) {
+                    Whole x = spread(values + row * rows->bytes + 4 * (group + side));
+#pragma GCC unroll 2
+                    for (int part = 0; part < PARTS; part++)
+                        sums[place][row][side][part] = dot4(sums[place][row][side][part], bytes[part], x);
+                }
+            }
+    Whole sum[2][INT8_ROWS][PARTS]; /* in memory, which sums in the making should not be */
+#pragma GCC unroll 2
+    for (int place = 0; place <= pair; place++)
+#pragma GCC unroll 8
+        for (int row = 0; row < count; row++)
+#pragma GCC unroll 2
+            for (int part = 0; part < PARTS; part++) {
+                Whole *sides = &sums[place][row][0][part];
+                sum[place][row][part] = SIDES == 2 ? add_sums(sides[0], sides[PARTS * (SIDES - 1)]) : sides[0];
+            }
+    for (int place = 0; place <= pair; place++)
+        for (int row = 0; row < count; row++) {
+#ifdef SPLITS
+            const Rest *rest = rows->rest + (first + row) * (rows->bytes / 4), *end = rest + rows->rests[first + row];
+            for (; rest < end; rest++)
+                for (int part = 0; part < PARTS; part++)
+                    sum[place][row][part] =
+                        dot4(sum[place][row][part], load_bytes(read + place * size + 64 * rest->group + 64 / PARTS * part),
+                             spread(rest->values));
+#endif
+            int32_t whole[OUTPUTS];
+            memcpy(whole, sum[place][row], sizeof whole);
+            finish(weight, INT8, rows, first + row, (block + place) * OUTPUTS, whole, out);
+        }
+}
+
+typedef float Floats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint32_t Words __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 /* 16 outputs of an input, the first or second of a pair, as numbers in bfloat16 lie side by side: these are the upper
  * halves of numbers in float32. */
@@ -409,6 +421,10 @@ INLINE void some(const Weight *weight, Kind kind, const Rows *rows, long first, 
     default: some_fp32(weight, rows, first, count, block, out);
     }
 }
+
+#if defined(__AVX2__) && !defined(__AVX512F__)
+#define PAIRS /* of 16 outputs for one or two rows, where these have a single sum an output (SIDES) */
+#endif
 
 #ifdef PAIRS
 /* `count` rows with 32 outputs: each sum is that of 16, and twice as many of them go on while one waits. */
@@ -602,13 +618,19 @@ INLINE int product(const Weight *weight, Kind kind, const float *x, long rows, f
     long held = most;
     if (in_tiles && most > OUTPUTS)
         held = (most + 31) / 32 * 32; /* tiles read rows that are not kept, too */
-    long bytes = 64 * tiles * (in_tiles ? 1 : (kind == INT8 ? ROW_BYTES : 4) / width_of(kind));
-    char *memory = malloc((size_t)held * (size_t)(bytes + 8) + 64);
+    long bytes = 64 * tiles * (in_tiles || kind == INT8 ? 1 : 4 / width_of(kind));
+    long rest_bytes = 0;
+#ifdef SPLITS
+    rest_bytes = kind == INT8 ? bytes / 4 * (long)sizeof(Rest) : 0;
+#endif
+    char *memory = malloc((size_t)held * (size_t)(bytes + rest_bytes + 12) + 64);
     if (!memory)
         return 1;
-    Rows own = {memory + (64 - (uintptr_t)memory % 64), NULL, NULL, bytes};
-    own.scale = (float *)(own.values + held * bytes);
+    Rows own = {.values = memory + (64 - (uintptr_t)memory % 64), .bytes = bytes};
+    own.rest = (Rest *)(own.values + held * bytes);
+    own.scale = (float *)(own.values + held * (bytes + rest_bytes));
     own.surplus = (int32_t *)(own.scale + held);
+    own.rests = own.surplus + held;
     for (long start = 0; start < rows; start += HELD_ROWS) {
         long count = least(rows - start, HELD_ROWS);
         const float *read = x + start * weight->inputs;

@@ -170,6 +170,20 @@ def test_tiles_are_right_on_other_processors(processor, monkeypatch, tmp_path):
         assert torch.equal(made(rows[4:5]), came[4:5])
 
 
+@pytest.mark.skipif(not TILED, reason="no C compiler here")
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 9, 40])
+@torch.no_grad()
+def test_sums_in_8_bits_are_exact_however_large(num_rows):
+    """Rows and weights at their limits everywhere, where sums in 16 bits would be cut off."""
+    generator = torch.Generator().manual_seed(num_rows)
+    weight = torch.randint(-127, 128, (50, 301), generator=generator).float()
+    rows = torch.randint(-127, 128, (num_rows, 301), generator=generator).float()
+    weight[0], rows[0] = 127, 127
+    weight[1], rows[-1, ::3] = -127, -127
+    weight[:, 0], rows[:, 0] = 127, 127  # so that all scales are 1
+    assert torch.equal(KERNELS["tiled-int8"](weight, None)(rows), rows @ weight.T)
+
+
 def test_without_a_compiler_tiles_are_not_offered(monkeypatch):
     monkeypatch.setattr(products, "_library", lambda: None)
     monkeypatch.setattr(products, "why_not", lambda source: "no C compiler here")
