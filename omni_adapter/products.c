@@ -297,10 +297,10 @@ INLINE void few_int8(const Weight *weight, const Rows *rows, long first, int cou
 #ifdef SPLITS
             const Rest *rest = rows->rest + (first + row) * (rows->bytes / 4), *end = rest + rows->rests[first + row];
             for (; rest < end; rest++)
-                for (int part = 0; part < PARTS; part++)
-                    sum[place][row][part] =
-                        dot4(sum[place][row][part], load_bytes(read + place * size + 64 * rest->group + 64 / PARTS * part),
-                             spread(rest->values));
+                for (int part = 0; part < PARTS; part++) {
+                    const uint8_t *line = read + place * size + 64 * rest->group + 64 / PARTS * part;
+                    sum[place][row][part] = dot4(sum[place][row][part], load_bytes(line), spread(rest->values));
+                }
 #endif
             int32_t whole[OUTPUTS];
             memcpy(whole, sum[place][row], sizeof whole);
