@@ -399,6 +399,7 @@ class SnacCodec(nn.Module):
 
     def _prepare(self) -> None:
         """Lay out the decoder's weights as they are now."""
+        vars(self).pop("_decoder", None)  # what it laid out makes room for the new
         self._decoder = SnacDecoder(
             self.model.decoder, latents_per_frame=max(self.spec.level_strides), precision=self.precision
         )
