@@ -108,7 +108,7 @@ class Backbone(Runner):
             and static.is_static(cache)
         ):
             return self._run_static(steps, cache)
-        if cache is not None and cache.steps and embeddings.shape[1] > 1 and not self._takes_chunks:
+        if cache is not None and cache.steps and embeddings.shape[1] > 1 and not self.takes_chunks:
             output = self._run_one_by_one(steps, cache, logits_to_keep=logits_to_keep)
         else:
             alone = self._body_alone if logits_to_keep is None else None
@@ -125,7 +125,7 @@ class Backbone(Runner):
         return BackboneOutput(hidden.new_empty(hidden.shape[0], 0, self.vocab_size), hidden, after, tapped)
 
     @property
-    def _takes_chunks(self) -> bool:
+    def takes_chunks(self) -> bool:
         """Whether several steps can follow a cache at once."""
         return self.replays or self._chunks_are_exact
 

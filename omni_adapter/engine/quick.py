@@ -1,9 +1,9 @@
 """One step of a transformer layer: its products, and between them one call each for all that lies there.
 
-Hidden states of single steps in and out, [B, 1, D], in float32 on the processor; the cache is the layer's
-own. What a layer computes is given as a formula, which ``recognise`` finds by comparing numbers. A layer goes
-the quick way only where a call is of the kind that it was recognised in; else it runs its own code. Knows no
-models.
+Hidden states of single steps in and out, [B, 1, D], or of several, [B, S, D], whose attention is torch's; in
+float32 on the processor; the cache is the layer's own. What a layer computes is given as a formula, which
+``recognise`` finds by comparing numbers. A layer goes the quick way only where a call is of the kind that it
+was recognised in; else it runs its own code. Knows no models.
 """
 
 import ctypes
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache
 
@@ -23,7 +24,7 @@ Native = tuple[int, int]
 """Addresses of a compiled call, as the source declares it, and of the weight that it takes."""
 
 Update = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""Takes keys and values of a step, [B, h, 1, W]; returns those of all steps."""
+"""Takes keys and values of new steps, [B, h, S, W]; returns those of all steps."""
 
 
 class Around(NamedTuple):
@@ -32,7 +33,7 @@ class Around(NamedTuple):
     Attributes:
         tables: cosines and sines; None without.
         update: stores keys and values.
-        mask: bool [B, 1, 1, steps], true at what is seen; None for all.
+        mask: bool [B, 1, S, steps], true at what is seen; None for all up to the own step.
         calls: the compiled calls.
     """
 
@@ -72,7 +73,7 @@ class Products:
         return sum(layer.out_features for layer in self._layers)  # type: ignore[misc]
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Return what all layers make of rows [B, 1, in], side by side, [B, 1, sum of outs]."""
+        """Return what all layers make of rows [B, S, in], side by side, [B, S, sum of outs]."""
         if self._shared is not None:
             return self._shared.product(x)
         if len(self._layers) == 1:
@@ -111,34 +112,42 @@ class Attention:
         return self.heads * self.width, self.kv_heads * self.width, self.kv_heads * self.value_width
 
     def __call__(self, projected: Tensor, around: Around) -> Tensor:
-        """Return what is read, [B, 1, heads * value_width].
+        """Return what is read, [B, S, heads * value_width].
 
         Args:
-            projected: queries, keys and values side by side, [B, 1, sum of sizes]; changed in place.
+            projected: queries, keys and values side by side, [B, S, sum of sizes]; changed in place.
             around: all else.
         """
-        rows, (queries, keys, _) = projected.shape[0], self.sizes
-        row, start = projected.stride(0), projected.storage_offset()
-        query = projected.as_strided((rows, 1, queries), (row, queries, 1), start)
-        key_rows = projected.as_strided((rows, 1, keys), (row, keys, 1), start + queries)
+        rows, count, (queries, keys, _) = *projected.shape[:2], self.sizes
+        row, start = projected.stride(0 if count == 1 else 1), projected.storage_offset()
+        query = projected.as_strided((rows * count, 1, queries), (row, queries, 1), start)
+        key_rows = projected.as_strided((rows * count, 1, keys), (row, keys, 1), start + queries)
         self._turn(query, self.heads, self.query_norm, around)
         self._turn(key_rows, self.kv_heads, self.key_norm, around)
         all_keys, all_values = map(readable, around.update(*self.to_store(projected)))
-        return around.calls.attend(query, all_keys, all_values, around.mask, self.scale)
+        if count == 1:
+            return around.calls.attend(query, all_keys, all_values, around.mask, self.scale)
+        shape, group = (rows, self.heads, count, self.width), self.heads // self.kv_heads
+        several = projected.as_strided(shape, (projected.stride(0), self.width, row, 1), start)
+        read = F.scaled_dot_product_attention(
+            several,
+            all_keys.repeat_interleave(group, dim=1),
+            all_values.repeat_interleave(group, dim=1),
+            attn_mask=around.mask,
+            is_causal=around.mask is None,
+            scale=self.scale,
+        )
+        return read.transpose(1, 2).reshape(rows, count, -1)
 
     def to_store(self, projected: Tensor) -> tuple[Tensor, Tensor]:
-        """The keys and values in what was projected, each [B, h, 1, W]."""
-        rows, row, (queries, keys, _) = projected.shape[0], projected.stride(0), self.sizes
-        start, heads, width, value_width = (
-            projected.storage_offset() + queries,
-            self.kv_heads,
-            self.width,
-            self.value_width,
-        )
+        """The keys and values in what was projected, each [B, h, S, W]."""
+        rows, count, (queries, keys, _) = *projected.shape[:2], self.sizes
+        row, step, start = projected.stride(0), projected.stride(1), projected.storage_offset() + queries
+        heads, width, value_width = self.kv_heads, self.width, self.value_width
         return (
-            projected.as_strided((rows, heads, 1, width), (row, width, width, 1), start),
+            projected.as_strided((rows, heads, count, width), (row, width, step, 1), start),
             projected.as_strided(
-                (rows, heads, 1, value_width), (row, value_width, value_width, 1), start + keys
+                (rows, heads, count, value_width), (row, value_width, step, 1), start + keys
             ),
         )
 
@@ -165,10 +174,10 @@ class Gated:
     gate_first: bool = True
 
     def __call__(self, projected: Tensor, *, calls: Glue) -> Tensor:
-        """Return [B, 1, W] of gates and others side by side, [B, 1, 2 W]."""
-        first, second = projected.chunk(2, dim=-1)
+        """Return [B, S, W] of gates and others side by side, [B, S, 2 W]."""
+        first, second = projected.view(-1, 1, projected.shape[-1]).chunk(2, dim=-1)
         gate, up = (first, second) if self.gate_first else (second, first)
-        return calls.gate(gate, up, self.activation)
+        return calls.gate(gate, up, self.activation).view(*projected.shape[:-1], -1)
 
 
 @dataclass(frozen=True)
@@ -207,7 +216,7 @@ class Formula:
     gated: Gated
 
     def __call__(self, hidden: Tensor, around: Around) -> Tensor:
-        """Return the layer's output, [B, 1, D], of its input."""
+        """Return the layer's output, [B, S, D], of its input."""
         first, second, calls = self.attending, self.mixing, around.calls
         entered = hidden if first.norm is None else calls.norm(hidden, first.norm)
         came = first.leave(self.attention(first.enter(entered), around))
@@ -361,6 +370,7 @@ class Calling:
         mask: argument with the mask; None if there was none.
         names: all arguments but the first.
         as_tuple: whether the output comes in a tuple.
+        takes_several: whether the formula holds for several steps at once, too.
     """
 
     cache: str
@@ -369,6 +379,7 @@ class Calling:
     mask: str | None
     names: frozenset[str]
     as_tuple: bool
+    takes_several: bool = False
 
 
 class QuickLayer(Step):
@@ -392,19 +403,32 @@ class QuickLayer(Step):
         hidden, cache = args[0], kwargs.get(calling.cache)
         mask = None if calling.mask is None else kwargs.get(calling.mask)
         tables = None if calling.tables is None else kwargs.get(calling.tables)
-        if not (isinstance(cache, Cache) and is_step(hidden) and sees(mask) and self._can_rotate(tables)):
+        if not (isinstance(cache, Cache) and are_steps(hidden)):
+            return self._plain(*args, **kwargs)
+        rows, count, _ = hidden.shape
+        if not (self._can_rotate(tables, count) and sees(mask, count)):
+            return self._plain(*args, **kwargs)
+        if count > 1 and not self._takes_several(cache, mask):
             return self._plain(*args, **kwargs)
 
         def update(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
             return cache.update(keys, values, calling.layer)
 
-        output = self.run(hidden, Around(tables, update, mask, calls))
+        if count == 1:
+            output = self.run(hidden, Around(tables, update, mask, calls))
+        else:
+            output = self.formula(hidden, Around(of_each_step(tables, rows, count), update, mask, calls))
         return (output,) if calling.as_tuple else output
+
+    def _takes_several(self, cache: Cache, mask: Tensor | None) -> bool:
+        """Whether several steps may go the quick way; without a mask only from the first one on."""
+        layer = self.calling.layer
+        return self.calling.takes_several and (mask is not None or cache.get_seq_length(layer) == 0)
 
     def _plain(self, *args: Any, **kwargs: Any) -> Any:
         return type(self.module).forward(self.module, *args, **kwargs)
 
-    def _can_rotate(self, tables: Any) -> bool:
+    def _can_rotate(self, tables: Any, count: int) -> bool:
         """Whether positions came as they are read."""
         if self.formula.attention.rotation is None:
             return True
@@ -414,6 +438,7 @@ class QuickLayer(Step):
             and tables[0].dtype == torch.float32
             and tables[0].is_contiguous()
             and tables[1].is_contiguous()
+            and (count == 1 or are_of_each_step(tables, count))
         )
 
 
@@ -470,12 +495,11 @@ def readable(states: Tensor) -> Tensor:
     return states.float().contiguous()
 
 
-def is_step(hidden: Any) -> bool:
-    """Whether hidden states are those of single steps that nobody learns from, as the compiled calls want."""
+def are_steps(hidden: Any) -> bool:
+    """Whether hidden states are those of steps that nobody learns from, as the compiled calls want."""
     return (
         isinstance(hidden, Tensor)
         and hidden.dim() == 3
-        and hidden.shape[1] == 1
         and hidden.dtype == torch.float32
         and hidden.device.type == "cpu"
         and hidden.is_contiguous()
@@ -483,12 +507,33 @@ def is_step(hidden: Any) -> bool:
     )
 
 
-def sees(mask: Any) -> bool:
-    """Whether a mask is one that the compiled calls read."""
+def is_step(hidden: Any) -> bool:
+    """Whether they are those of single steps."""
+    return are_steps(hidden) and hidden.shape[1] == 1
+
+
+def sees(mask: Any, count: int = 1) -> bool:
+    """Whether a mask is one that the compiled calls, or several steps, read."""
     return mask is None or (
         isinstance(mask, Tensor)
         and mask.dtype == torch.bool
         and mask.dim() == 4
-        and mask.shape[1] == mask.shape[2] == 1
+        and mask.shape[1] == 1
+        and mask.shape[2] == count
         and mask.stride(3) == 1
     )
+
+
+def are_of_each_step(tables: tuple[Tensor, Tensor], count: int) -> bool:
+    """Whether cosines and sines are [B or 1, S, W] for S = ``count``."""
+    return all(table.dim() == 3 and table.shape[1] == count for table in tables)
+
+
+def of_each_step(tables: tuple[Tensor, Tensor] | None, rows: int, count: int) -> tuple[Tensor, Tensor] | None:
+    """Cosines and sines [B or 1, S, W] with a row for each step of each of ``rows``, [B S, 1, W]."""
+    if tables is None:
+        return None
+    cosines, sines = (
+        table.expand(rows, count, table.shape[-1]).reshape(-1, 1, table.shape[-1]) for table in tables
+    )
+    return cosines, sines

@@ -9,7 +9,7 @@ stay as they are.
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Self
 
@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import Cache
 from transformers.pytorch_utils import Conv1D
 
-from omni_adapter.backbone import Backbone
+from omni_adapter.backbone import Backbone, BackboneCache
 from omni_adapter.backbone.probes import quiet, sample
 from omni_adapter.engine.glue import ACTIVATIONS, Glue, Norm, Rotation, glue
 from omni_adapter.engine.linears import PackedLinear
@@ -32,7 +32,9 @@ from omni_adapter.engine.quick import (
     Gated,
     Products,
     QuickLayer,
-    is_step,
+    are_of_each_step,
+    are_steps,
+    of_each_step,
     quick_block,
     sees,
 )
@@ -47,6 +49,7 @@ _FAR = 1 << 20  # positions, for an LM whose positions do not end before
 _LOUD = 100.0  # largest product of queries and keys where caps and clips are to show
 _LOUD_TOLERANCE = 1e-3
 _PADDING = 2  # columns before the shorter row
+_SEVERAL = 3  # steps at once
 _OFFSETS = (0.0, 1.0)
 
 
@@ -148,9 +151,36 @@ def _quicken(backbone: Backbone, layers: Mapping[str, nn.Module], calls: Glue) -
                 _verify(*one, loud.get(name), calls, tolerance=_LOUD_TOLERANCE)
             except _UnknownError as reason:
                 kept[name] = f"where numbers are large, {reason}"
-    for name in found.keys() - kept.keys():
-        layers[name].forward = QuickLayer(layers[name], *found[name])
+    found = {name: one for name, one in found.items() if name not in kept}
+    several = _several(backbone, layers, found, calls)
+    for name, (formula, calling) in found.items():
+        calling = replace(calling, takes_several=name in several)
+        layers[name].forward = QuickLayer(layers[name], formula, calling)
     return kept
+
+
+def _several(
+    backbone: Backbone,
+    layers: Mapping[str, nn.Module],
+    found: Mapping[str, tuple[Formula, Calling]],
+    calls: Glue,
+) -> set[str]:
+    """Names of layers that follow their formula for several steps at once, too: a prompt, and those after it."""
+    kinds: list[dict[str, Any]] = [{"last": 0}]
+    if backbone.takes_chunks:  # else none follow
+        kinds.append({"last": _SEVERAL})
+    if backbone.padding_is_exact:
+        kinds += [kind | {"padded": True} for kind in kinds]
+    names = set(found)
+    for kind in kinds:
+        records = _run(backbone, layers, **kind)
+        for name in sorted(names):
+            try:
+                _verify(*found[name], records.get(name), calls)
+            except _UnknownError as reason:
+                logger.debug("%s takes one step at a time: %s", name, reason)
+                names.discard(name)
+    return names
 
 
 def _loudness(attention: Attention, record: _Record, calls: Glue) -> float:
@@ -197,15 +227,17 @@ def _run(
     *,
     far: bool = False,
     padded: bool = False,
+    last: int = 1,
     loudness: Mapping[str, float] | None = None,
 ) -> dict[str, _Record]:
-    """Run a prompt and a step of two rows; return what each layer did in the step.
+    """Run a prompt and a step of two rows, or several; return what each layer did in these.
 
     Args:
         backbone: runs them.
         layers: by name.
         far: at the end of the LM's positions.
         padded: with columns before the second row.
+        last: steps that are taken at once; all for 0.
         loudness: by which what each layer's products give is multiplied; None to let it be.
     """
     steps = sample(backbone)
@@ -224,21 +256,24 @@ def _run(
     def parts(tensor: Tensor | None, cut: slice) -> Tensor | None:
         return None if tensor is None else tensor[:, cut]
 
-    prompt, last = slice(0, count - 1), slice(count - 1, count)
-    cache = backbone(
-        pair[:, prompt],
-        attention_mask=parts(mask, prompt),
-        position_ids=parts(positions, prompt),
-        cache=backbone.new_cache(2, count),
-        use_cache=True,
-        logits_to_keep=1,
-    ).cache
+    start = count - last if last else 0
+    prompt, rest = slice(0, start), slice(start, count)
+    cache: BackboneCache | None = backbone.new_cache(2, count)
+    if start:
+        cache = backbone(
+            pair[:, prompt],
+            attention_mask=parts(mask, prompt),
+            position_ids=parts(positions, prompt),
+            cache=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).cache
     assert cache is not None
     with _Watch(layers, cache.states, loudness=loudness or {}) as watch:
         backbone(
-            pair[:, last],
+            pair[:, rest],
             attention_mask=mask,
-            position_ids=parts(positions, last),
+            position_ids=parts(positions, rest),
             cache=cache,
             use_cache=True,
             logits_to_keep=1,
@@ -295,7 +330,7 @@ class _Watch:
         self._stack.callback(handle.remove)
 
     def _enter(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if name in self.records or self._running or len(args) != 1 or not is_step(args[0]):
+        if name in self.records or self._running or len(args) != 1 or not are_steps(args[0]):
             self._spoiled.add(name)
             return
         self._running = self.records[name] = _Record(module, args[0].clone(), dict(kwargs))
@@ -339,7 +374,7 @@ def _need(condition: bool, reason: str) -> None:
 
 
 def _is_same(came: Tensor, expected: Tensor, tolerance: float = _TOLERANCE) -> bool:
-    """Whether numbers are equal but for rounding; with S = 1 all orders of axes are the same."""
+    """Whether numbers are equal but for rounding, whatever the shape."""
     if came.numel() != expected.numel() or came.dtype != expected.dtype:
         return False
     difference = (came.flatten() - expected.flatten()).abs().max()
@@ -502,8 +537,9 @@ def _attention(
 
 
 def _side_by_side(events: Sequence[_Event]) -> Tensor:
-    """Outputs of products, [B, 1, sum of sizes], a copy."""
-    return torch.cat([event.y.flatten(1)[:, None] for event in events], dim=-1)
+    """Outputs of products, [B, S, sum of sizes], a copy."""
+    outputs = [event.y if event.y.dim() == 3 else event.y.flatten(1)[:, None] for event in events]
+    return torch.cat(outputs, dim=-1)
 
 
 def _head_norms(roles: _Roles, queries: Tensor, keys: Tensor, calls: Glue) -> tuple[Norm | None, Norm | None]:
@@ -546,9 +582,13 @@ def _attend(
         )
         return stored.keys, stored.values
 
+    rows, count, _ = projected.shape
     mask = next((value for name, value in record.arguments.items() if "mask" in name), None)
     tables = next((value for value in record.arguments.values() if _are_tables(value)), None)
-    read = attention(projected, Around(tables, update, mask if sees(mask) else None, calls))
+    if count > 1:
+        _need(tables is None or are_of_each_step(tables, count), "its positions are not those of steps")
+        tables = of_each_step(tables, rows, count)
+    read = attention(projected, Around(tables, update, mask if sees(mask, count) else None, calls))
     return right[0], read
 
 
@@ -584,7 +624,7 @@ def _verify(
     _need(same, "it is not always called the same way")
     first, second = formula.attending, formula.mixing
     mask = None if calling.mask is None else record.arguments[calling.mask]
-    if sees(mask):  # with another the layer is asked itself
+    if sees(mask, record.hidden.shape[1]):  # with another the layer is asked itself
         projected = _side_by_side(roles.entering)
         right, read = _attend(formula.attention, record, projected, calls, tolerance=tolerance)
         _need(right and _is_same(read, roles.leaving.x, tolerance), "its attention computes something else")

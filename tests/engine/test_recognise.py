@@ -81,6 +81,35 @@ def test_quick_steps_are_the_plain_ones(family, padded):
     assert not torch.equal(came, expected), "the steps went the plain way"
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("family", RECOGNISED)
+@torch.inference_mode()
+def test_several_steps_go_the_quick_way_too(family, padded, rows, monkeypatch):
+    """A prompt, and pieces of it after one another, with masks of their own."""
+    backbone = backbone_of(family)
+    pair = torch.cat([sample(backbone), sample(backbone).flip(1)])[-rows:]
+    mask = torch.ones(rows, pair.shape[1], dtype=torch.long)
+    mask[-1, :2] = 0
+
+    def pieces(*ends: int) -> torch.Tensor:
+        cache, found, start = backbone.new_cache(rows, 8), [], 0
+        for end in ends:
+            own = mask[:, :end] if padded else None
+            output = backbone(pair[:, start:end], attention_mask=own, cache=cache, use_cache=True)
+            cache, start = output.cache, end
+            found.append(output.hidden)
+        return torch.cat(found, dim=1)
+
+    splits = ((6,), (3, 6), (2, 4, 5, 6))
+    expected = [pieces(*ends) for ends in splits]
+    assert quicken_backbone(backbone, calls) == {}
+    monkeypatch.delattr(QuickLayer, "_plain")
+    seen = slice(2, None) if padded else slice(None)
+    for ends, plain in zip(splits, expected, strict=True):
+        assert relative_error(pieces(*ends)[:, seen], plain[:, seen]) <= 1e-5
+
+
 @pytest.mark.parametrize("family", NOT)
 def test_layers_that_compute_something_else_are_left_alone(family):
     backbone = backbone_of(family)
