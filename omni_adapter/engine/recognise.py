@@ -165,7 +165,7 @@ def _several(
     found: Mapping[str, tuple[Formula, Calling]],
     calls: Glue,
 ) -> set[str]:
-    """Names of layers that follow their formula for several steps at once, too: a prompt, and those after it."""
+    """Names of layers that follow their formula for several steps, too: a prompt, and those after it."""
     kinds: list[dict[str, Any]] = [{"last": 0}]
     if backbone.takes_chunks:  # else none follow
         kinds.append({"last": _SEVERAL})
