@@ -261,8 +261,12 @@ class _Snake:
 
 def _calls_for(weight: Tensor) -> SnakeCalls | None:
     """The compiled calls, if they take rows like this weight."""
-    fits = weight.device.type == "cpu" and weight.dtype == torch.float32
-    return snake_calls() if fits else None
+    return snake_calls() if _is_for_calls(weight) else None
+
+
+def _is_for_calls(weight: Tensor) -> bool:
+    """Whether compiled calls read numbers like a weight's."""
+    return weight.device.type == "cpu" and weight.dtype == torch.float32
 
 
 def _wave_(x: Tensor, calls: SnakeCalls | None) -> Tensor:
@@ -360,8 +364,7 @@ def _spreading(weight: Tensor, bias: Tensor | None = None, *, precision: CodecPr
 
     Where vectors have 64 bytes they are quick enough.
     """
-    is_plain = weight.device.type == "cpu" and weight.dtype == torch.float32
-    if precision == "fp32" and is_plain and not has_vectors_of_64_bytes() and can_tile():
+    if precision == "fp32" and _is_for_calls(weight) and not has_vectors_of_64_bytes() and can_tile():
         return _TiledMatrix(weight, bias)
     return _product(weight, bias, precision=precision)
 
